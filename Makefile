@@ -1,0 +1,54 @@
+# make lab    open the course in JupyterLab (sets everything up on first use)
+# make test   pass the tests                (sets everything up on first use)
+# make notebooks              regenerate every stored output; a second run changes nothing
+# make fresh CHAPTER=01       a new copy of one chapter in work/, the old one kept
+# make lint                   formatting, imports, types
+# make constraints            pin the newest versions that fit pyproject.toml
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+EXTRAS ?= dev
+# The torch that the stored outputs were made with; the other pins are the newest that fit.
+TORCH  ?= 2.13.0
+BIN    := $(VENV)/bin
+
+# One thread and one hash seed: the same numbers here, in CI and in the stored outputs.
+export OMP_NUM_THREADS ?= 1
+export PYTHONHASHSEED := 0
+export HF_HUB_OFFLINE := 1
+
+.PHONY: lab test notebooks fresh lint constraints clean
+
+lab: $(VENV)/.lab
+	$(BIN)/python -m lora_edu lab $(ARGS)
+
+fresh: $(VENV)/.lab
+	$(BIN)/python -m lora_edu fresh "$(CHAPTER)"
+
+test: $(VENV)/.$(EXTRAS)
+	$(BIN)/python -m pytest $(ARGS)
+
+notebooks: $(VENV)/.$(EXTRAS)
+	$(BIN)/python tools/refresh.py $(ARGS)
+
+lint: $(VENV)/.$(EXTRAS)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+constraints: $(VENV)/.$(EXTRAS)
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/python -m uv pip compile -q --universal --upgrade -P torch==$(TORCH) -p 3.11 --extra dev --extra browser pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.lab: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.$(EXTRAS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,54 @@
+"""The numbers of the bank's compute questions: printed ones without a generator, new ones with one.
+
+Each function returns the fields that the question's text names. Answers are computed, never typed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lora_edu import lowrank
+
+Rng = np.random.Generator | None
+
+
+def break_even(rng: Rng) -> dict[str, Any]:
+    m, n = (4096, 11008) if rng is None else (int(x) for x in 64 * rng.integers(8, 256, 2))
+    return {
+        "m": m,
+        "n": n,
+        "r": lowrank.break_even_rank(m, n),
+        "bound": m * n / (m + n),
+        "smaller": min(m, n),
+    }
+
+
+def truncation_errors(rng: Rng) -> dict[str, Any]:
+    s = np.array([10, 5, 2, 1]) if rng is None else np.sort(rng.choice(np.arange(1, 20), 4, replace=False))[::-1]
+    kept = lowrank.energy(s)
+    return {
+        "s": ", ".join(map(str, s)),
+        "spectrum": s,
+        "relative": lowrank.tail_norm(s, 2) / lowrank.tail_norm(s, 0),
+        "kept": kept[1],
+        "spectral": s[2],
+        "k99": int(np.argmax(kept >= 0.99)) + 1,
+        "sum_share": s[:2].sum() / s.sum(),
+    }
+
+
+def lora_count(rng: Rng) -> dict[str, Any]:
+    d_in, d_out, r = (
+        (4096, 4096, 16) if rng is None else (int(x) for x in (*(64 * rng.integers(8, 200, 2)), rng.integers(1, 65)))
+    )
+    count = r * (d_in + d_out)
+    return {
+        "d_in": d_in,
+        "d_out": d_out,
+        "r": r,
+        "count": count,
+        "dense": d_in * d_out,
+        "share": count / (d_in * d_out),
+    }
