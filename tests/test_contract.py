@@ -85,6 +85,8 @@ def test_the_setup_is_one_cell_with_at_most_six_imports_seeds_and_one_thread(not
     setup = notebook.code[0]["text"]
     assert len([n for n in ast.parse(setup).body if isinstance(n, (ast.Import, ast.ImportFrom))]) <= 6
     assert "SEEDS = (0, 1, 2" in setup
+    if any("exercise" in tags(cell) for cell in notebook.code):
+        assert "from lora_edu.practice import check, hint, predict, reveal, solution" in setup
     everything = "\n".join(cell["text"] for cell in notebook.code)
     assert ("torch" in everything) == ("torch.set_num_threads(1)" in setup)
     assert ("figures." in everything) <= ("figures.style()" in setup)
