@@ -10,10 +10,17 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "LoRALinear": "layers",
-    "lora_linear": "functional",
+    **dict.fromkeys(["LoRAConfig"], "config"),
+    **dict.fromkeys(["lora_linear"], "functional"),
+    **dict.fromkeys(["LoRALinear", "LoRAEmbedding", "LoRAConv2d"], "layers"),
+    **dict.fromkeys(["add_lora", "remove_lora", "merge_lora", "unmerge_lora", "disabled"], "inject"),
+    **dict.fromkeys(["lora_parameters", "parameter_report"], "inject"),
+    **dict.fromkeys(["save_adapter", "load_adapter", "combine"], "adapters"),
 }
-_MODULES = ("figures", "functional", "layers", "lowrank", "practice", "widgets")
+_MODULES = (
+    *("adapters", "config", "course", "figures", "functional", "inject", "layers"),
+    *("lowrank", "practice", "widgets"),
+)
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -1,9 +1,12 @@
 """The formulas of LoRA as functions of tensors.
 
-Shapes, everywhere: x (..., in), W (out, in), A (r, in), B (out, r), b (out,); s is the scale, alpha / r.
+Shapes, everywhere: x (..., in), W (out, in), A (r, in), B (out, r), b (out,); s is the scale, alpha / r;
+z = x A^T (..., r) is the bottleneck.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +16,71 @@ from torch.nn.functional import linear
 def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None = None) -> Tensor:
     """y = x W^T + b + s (x A^T) B^T, of shape (..., out).
 
-    The bottleneck z = x A^T has r numbers per token; the (out, in) matrix B A is never formed.
+    The (out, in) matrix B A is never formed. Where it may, it runs as one fused step that keeps nothing but x for
+    the backward pass and adds the update in place; otherwise, and with the same result, as `plain_lora_linear`.
 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
-    return linear(x, W, b) + s * linear(linear(x, A), B)
+    if _may_fuse(x, W, A, B, b):
+        y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), W, A, B, s, b)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], len(W))
+    return plain_lora_linear(x, W, A, B, s, b)
+
+
+def plain_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None = None) -> Tensor:
+    """The same, as one writes it down; works under autocast, vmap and with a trainable W.
+
+    Where the base has a lower precision than A and B, the update and the sum are computed in theirs and rounded once.
+    """
+    y = linear(x, W, b)
+    return (y + s * linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T for x (T, in), with W and b frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.s = s
+        return linear(x, W, b).addmm_(x @ A.t(), B.t(), alpha=s)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, W, A, B = ctx.saved_tensors
+        needs_x, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        dz = (g @ B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
+        dx = (g @ W).addmm_(dz, A) if needs_x else None
+        dA = dz.t() @ x if needs_A else None
+        # z is computed again: a stored z would give wrong second derivatives. As (z^T g)^T it is twice as fast.
+        dB = ((x @ A.t()).t() @ g).mul_(ctx.s).t() if needs_B else None
+        return dx, None, dA, dB, None, None
+
+
+def _may_fuse(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None) -> bool:
+    frozen = not (W.requires_grad or (b is not None and b.requires_grad))
+    one_dtype = x.dtype == W.dtype == A.dtype == B.dtype
+    transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, functional grad
+    return frozen and one_dtype and not transformed and not torch.is_autocast_enabled(x.device.type)
 
 
 def delta(A: Tensor, B: Tensor, s: float) -> Tensor:
     """s B A, of shape (out, in): what merging adds to W. Its rank is at most r."""
     return s * (B @ A)
+
+
+def dora_norm(W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor | None = None) -> Tensor:
+    """The length of every row of W + s B A, of shape (out,), without forming B A.
+
+    |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) . b for each row w (in,) of W and b (r,) of B: products
+    with r columns, where the definition needs one of the size of W. `squares` is |w|^2, when it is known already.
+
+    Source: the norm of Liu et al. 2024 (arXiv 2402.09353), equation 5, multiplied out.
+    """
+    squares = W.square().sum(1) if squares is None else squares
+    cross = (linear(A, W).t() * B).sum(1)  # linear(A, W) is A W^T (r, out)
+    own = (B @ (A @ A.t()) * B).sum(1)
+    return (squares + 2 * s * cross + s * s * own).clamp_min(0).sqrt()
 
 
 def accumulate(W: Tensor, update: Tensor) -> Tensor:

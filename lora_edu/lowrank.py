@@ -65,15 +65,13 @@ def randomized_svd(
     r = _rank(r, M.shape)
     width = min(r + _count(oversample, "oversample"), *M.shape)
     steps = _count(power_iterations, "power_iterations")
-    Q = M @ np.random.default_rng(seed).standard_normal((M.shape[1], width), dtype=M.dtype.type)
+    sketch = M @ np.random.default_rng(seed).standard_normal((M.shape[1], width), dtype=M.dtype.type)
     for _ in range(steps):
-        # Orthonormal after each half step: the columns would otherwise all turn to the top direction.
-        Q = np.linalg.qr(M.T @ Q).Q
-        Q = np.linalg.qr(M @ Q).Q
-    if steps == 0:
-        Q = np.linalg.qr(Q).Q
-    # M.T @ Q = P R with R small, so that the SVD is one of a (width, width) matrix.
-    P, R = np.linalg.qr(M.T @ Q)
+        # Orthonormal in every iteration: the columns would otherwise all turn to the top direction.
+        sketch = M @ np.linalg.qr(M.T @ sketch).Q
+    Q = np.linalg.qr(sketch).Q
+    # (Q.T @ M).T = P R with R small, so that the SVD is one of a (width, width) matrix.
+    P, R = np.linalg.qr((Q.T @ M).T)
     U, s, Vt = np.linalg.svd(R.T)
     return Q @ U[:, :r], s[:r], Vt[:r] @ P.T
 
@@ -161,7 +159,10 @@ def _matrix(M: ArrayLike) -> Array:
         raise ValueError(f"M must hold real numbers; got dtype {M.dtype}.")
     if M.dtype not in (np.float32, np.float64):
         M = M.astype(np.float64)
-    if not np.isfinite(M).all():
+    # The sum tells at once in almost all cases; only an overflow makes the second look necessary.
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(M.sum()) or np.isfinite(M).all()
+    if not finite:
         raise ValueError("M holds NaN or infinity: it has no singular value decomposition.")
     return M
 

@@ -1,0 +1,291 @@
+"""LoRA in a whole model: named, counted, merged, switched off, taken out, and refused without a trace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from lora_edu import (  # noqa: E402
+    LoRAConfig,
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALinear,
+    add_lora,
+    disabled,
+    lora_parameters,
+    merge_lora,
+    parameter_report,
+    remove_lora,
+    unmerge_lora,
+)
+
+IDS = torch.arange(20).reshape(4, 5) % 11
+
+
+class Model(nn.Module):
+    """Every kind of layer, and names that tempt a substring match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 8, padding_idx=0)
+        self.q_proj = nn.Linear(8, 10)
+        self.seq_proj = nn.Linear(10, 10, bias=False)
+        self.conv = nn.Conv2d(1, 4, 3, padding="same", dilation=2, padding_mode="circular")
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(200, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.norm(torch.relu(self.seq_proj(self.q_proj(self.emb(ids)))))
+        return self.head(self.conv(h[:, None]).flatten(1))
+
+
+def base(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for parameter in lora_parameters(model).values():
+        nn.init.normal_(parameter)
+    return model
+
+
+def frozen_copy(model: nn.Module) -> dict[str, Any]:
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    return {
+        "tensors": tensors,
+        "grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "kinds": [type(m) for m in model.modules()],
+    }
+
+
+def same(model: nn.Module, before: dict[str, Any]) -> bool:
+    now = frozen_copy(model)
+    return (
+        now["tensors"].keys() == before["tensors"].keys()
+        and all(torch.equal(v, before["tensors"][k]) for k, v in now["tensors"].items())
+        and now["grad"] == before["grad"]
+        and now["kinds"] == before["kinds"]
+    )
+
+
+CONFIGS = {
+    "list": LoRAConfig(["q_proj"], r=3, lora_alpha=5),
+    "all kinds": LoRAConfig(["emb", "q_proj", "conv"], r=2, lora_alpha=3),
+    "regex": LoRAConfig(r".*_proj", r=2, use_rslora=True),
+    "all-linear": LoRAConfig("all-linear", r=2, bias="all"),
+    "dora": LoRAConfig(["q_proj", "seq_proj"], r=2, use_dora=True, lora_dropout=0.5),
+    "head": LoRAConfig(["seq_proj"], r=2, modules_to_save=["head", "norm"], bias="lora_only"),
+    "patterns": LoRAConfig(["q_proj", "seq_proj"], rank_pattern={"q_proj": 5}, alpha_pattern={"seq_proj": 1}),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_add_is_a_no_op_and_remove_restores_every_bit(config: LoRAConfig) -> None:
+    model = base()
+    model.norm.bias.requires_grad_(False)  # its own setting, to be restored
+    before, y = frozen_copy(model), model(IDS)
+    assert add_lora(model, config) is model
+    model.eval()
+    torch.testing.assert_close(model(IDS), y, rtol=0, atol=1e-6)
+    randomised(model)
+    assert not torch.allclose(model(IDS), y)
+    assert remove_lora(model) is model and same(model, before)
+    assert torch.equal(model(IDS), y)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_merged_equals_unmerged_and_unmerge_is_exact(config: LoRAConfig) -> None:
+    model = randomised(add_lora(base(), config)).eval()
+    before, y = frozen_copy(model), model(IDS)
+    merge_lora(model)
+    torch.testing.assert_close(model(IDS), y, rtol=1e-5, atol=2e-4)
+    unmerge_lora(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_disabled_is_the_base_and_comes_back_after_an_error(config: LoRAConfig, merged: bool) -> None:
+    model = base().eval()
+    y = model(IDS)
+    randomised(add_lora(model, config))
+    if merged:
+        merge_lora(model)
+    adapted, before = model(IDS), frozen_copy(model)
+    with pytest.raises(KeyError), disabled(model) as off:
+        assert torch.equal(off(IDS), y)
+        raise KeyError
+    assert same(model, before) and torch.equal(model(IDS), adapted)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_only_the_adapter_moves_in_training(config: LoRAConfig) -> None:
+    model = add_lora(base(), config)
+    own = lora_parameters(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == own.keys()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(own.values(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(IDS) - 1).square().mean().backward()
+        optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == own.keys()
+
+
+def test_names_match_whole_parts_only() -> None:
+    model = add_lora(base(), LoRAConfig(["q_proj"]))
+    assert isinstance(model.q_proj, LoRALinear) and type(model.seq_proj) is nn.Linear
+    model = add_lora(base(), LoRAConfig(["emb", "conv"]))
+    assert isinstance(model.emb, LoRAEmbedding) and isinstance(model.conv, LoRAConv2d)
+    model = add_lora(base(), LoRAConfig("all-linear", exclude_modules=["head"]))
+    assert type(model.head) is nn.Linear and isinstance(model.seq_proj, LoRALinear)
+
+
+def test_counts() -> None:
+    model = add_lora(base(), LoRAConfig(["emb", "q_proj", "conv"], r=2))
+    expected = 2 * (11 + 8) + 2 * (8 + 10) + 2 * (1 * 9 + 4)
+    report = parameter_report(model)
+    assert report.trainable == expected == sum(p.numel() for p in lora_parameters(model).values())
+    assert report.trainable_bytes == 4 * expected and report.total == expected + parameter_report(base()).total
+    assert str(report).startswith(f"trainable: {expected:,} of ")
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))
+    tied[1].weight = tied[0].weight
+    assert parameter_report(tied).total == 16 + 8
+
+
+def test_the_mode_of_the_model_is_its_own() -> None:
+    model = base().eval()
+    add_lora(model, LoRAConfig(["q_proj"], lora_dropout=0.3))
+    assert not any(m.training for m in model.modules())
+    with disabled(model):
+        assert not model.training
+    merge_lora(model), unmerge_lora(model)
+    assert not any(m.training for m in model.modules())
+
+
+def test_training_while_merged_is_refused() -> None:
+    model = merge_lora(randomised(add_lora(base(), LoRAConfig(["q_proj"]))))
+    with pytest.raises(RuntimeError, match="merged, so A and B cannot train"):
+        model(IDS)
+    with torch.no_grad():
+        model(IDS)
+
+
+def spoil(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.seq_proj.lora_B.weight[0, 0] = float("nan")
+
+
+def tie(model: nn.Module) -> None:
+    model.seq_proj.base_layer.weight = nn.Parameter(model.seq_proj.base_layer.weight)
+    model.register_module("other", nn.Linear(10, 10, bias=False))
+    model.other.weight = model.seq_proj.base_layer.weight
+
+
+@pytest.mark.parametrize(
+    ("prepare", "call", "error", "says"),
+    [
+        (lambda m: None, lambda m: add_lora(m, LoRAConfig(["q_proj"])), RuntimeError, "has a LoRA already"),
+        (lambda m: None, unmerge_lora, RuntimeError, "not merged"),
+        (merge_lora, merge_lora, RuntimeError, "merged already"),
+        (spoil, merge_lora, ValueError, "NaN or infinity"),
+        (tie, merge_lora, ValueError, "'seq_proj' is shared by other.weight, seq_proj.base_layer.weight"),
+    ],
+)
+def test_refusals_on_an_adapted_model_change_nothing(
+    prepare: Any, call: Any, error: type[Exception], says: str
+) -> None:
+    model = randomised(add_lora(base(), LoRAConfig(["q_proj", "seq_proj"]))).eval()
+    prepare(model)
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=says):
+        call(model)
+    assert all(torch.equal(v, tensors[k]) or v.isnan().any() for k, v in model.state_dict().items())
+
+
+def test_a_nan_in_the_last_layer_keeps_the_first_unmerged() -> None:
+    model = randomised(add_lora(base(), LoRAConfig(["q_proj", "seq_proj"])))
+    spoil(model)
+    with pytest.raises(ValueError, match="NaN"):
+        merge_lora(model)
+    assert not model.q_proj.merged
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.bounded = nn.Embedding(5, 8, max_norm=1.0)
+        self.act = nn.ReLU()
+        self.q_proj = nn.Linear(8, 8)
+        self.conv = nn.Conv2d(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"target_modules": ["q_prj"]}, "'q_prj' matches no module; near names: .*q_proj"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "'k_proj' matches no module"),
+        ({"target_modules": "model.*"}, "'model.*' matches no module"),
+        ({"target_modules": ["act"]}, "'act' is a ReLU; a LoRA goes on"),
+        ({"target_modules": ["out_proj"]}, "would do nothing"),
+        ({"target_modules": ["grouped"]}, "groups=2"),
+        ({"target_modules": ["bounded"]}, "max_norm"),
+        ({"target_modules": ["conv"], "use_dora": True}, "DoRA is for nn.Linear"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module is left"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "pattern 'k_proj' matches none"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["haed"]}, "modules_to_save: 'haed' matches no module"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "adapted and also trained whole"),
+    ],
+)
+def test_what_cannot_be_added_leaves_the_model_as_it_was(options: dict[str, Any], says: str) -> None:
+    model = Odd()
+    before = frozen_copy(model)
+    with pytest.raises(ValueError, match=says) as refusal:
+        add_lora(model, LoRAConfig(**options))
+    assert same(model, before) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("call", [remove_lora, merge_lora, unmerge_lora, lora_parameters])
+def test_a_model_without_lora_is_told_so(call: Any) -> None:
+    with pytest.raises(RuntimeError, match="no LoRA; add_lora first"):
+        call(base())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"r": 0}, ValueError, "r must be at least 1; got 0"),
+        ({"r": 2.0}, TypeError, "r must be an integer; got 2.0"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be a finite number"),
+        ({"lora_dropout": 1.0}, ValueError, "0 <= lora_dropout < 1"),
+        ({"bias": "some"}, ValueError, "bias is one of none, all, lora_only"),
+        ({"target_modules": []}, ValueError, "target_modules is empty"),
+        ({"target_modules": "("}, ValueError, "not a regular expression"),
+        ({"target_modules": [1]}, TypeError, "must be a list of names"),
+        ({"modules_to_save": "head"}, TypeError, "must be a list of names"),
+        ({"rank_pattern": {"x": 0}}, ValueError, r"rank_pattern\['x'\] must be at least 1"),
+        ({"alpha_pattern": {"(": 1}}, ValueError, "not a regular expression"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(
+    options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        LoRAConfig(**{"target_modules": ["q_proj"], **options})
+
+
+def test_a_deepcopy_and_a_pickle_keep_the_lora() -> None:
+    model = randomised(add_lora(base(), LoRAConfig(["emb", "q_proj"]))).eval()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(IDS), model(IDS))
+    remove_lora(twin)
+    assert isinstance(model.q_proj, LoRALinear)
