@@ -19,7 +19,12 @@ RUNS = [(i, seed) for i, q in QUESTIONS.items() for seed in (None, 0, 1, 2) if s
 
 @pytest.mark.parametrize(("identity", "seed"), RUNS)
 def test_the_check_proves_the_answer(identity: str, seed: int | None) -> None:
-    bank.prove(QUESTIONS[identity], seed)
+    try:
+        bank.prove(QUESTIONS[identity], seed)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("torch", "peft"):
+            raise
+        pytest.skip(f"{missing.name} is not installed")
 
 
 @pytest.mark.parametrize("identity", [i for i, q in QUESTIONS.items() if "numbers" in q])

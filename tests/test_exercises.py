@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,16 @@ from lora_edu.practice.exercise import Exercise, Mistake, judge
 from lora_edu.practice.exercises import load
 
 EXERCISES = load()
-MISTAKES = [(e, m) for e in EXERCISES.values() for m in e.mistakes]
+
+
+def _case(task: Exercise, *rest: Any) -> Any:
+    missing = task.needs and find_spec(task.needs) is None
+    marks = [pytest.mark.skip(reason=f"{task.needs} is not installed")] if missing else []
+    return pytest.param(task, *rest, marks=marks, id="-".join([task.name, *(m.function.__name__ for m in rest)]))
+
+
+TASKS = [_case(e) for e in EXERCISES.values()]
+MISTAKES = [_case(e, m) for e in EXERCISES.values() for m in e.mistakes]
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +39,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_reference_passes(name: str) -> None:
-    report, _ = judge(EXERCISES[name], EXERCISES[name].reference)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_reference_passes(task: Exercise) -> None:
+    report, _ = judge(task, task.reference)
     assert report.passed is True, report
 
 
-@pytest.mark.parametrize(
-    ("task", "mistake"), MISTAKES, ids=lambda x: x.name if isinstance(x, Exercise) else x.function.__name__
-)
+@pytest.mark.parametrize(("task", "mistake"), MISTAKES)
 def test_each_mistake_is_rejected_with_its_own_sentence(task: Exercise, mistake: Mistake) -> None:
     report, smallest = judge(task, mistake.function)
     assert report.passed is False and report.code == mistake.code and mistake.sentence in report.text
@@ -46,17 +55,13 @@ def test_each_mistake_is_rejected_with_its_own_sentence(task: Exercise, mistake:
     assert judge(task, mistake.function, mistakes=())[0].passed is False
 
 
-@pytest.mark.parametrize(
-    ("task", "mistake"), MISTAKES, ids=lambda x: x.name if isinstance(x, Exercise) else x.function.__name__
-)
+@pytest.mark.parametrize(("task", "mistake"), MISTAKES)
 def test_each_mistake_is_numerically_wrong(task: Exercise, mistake: Mistake) -> None:
     wrong, right = (exercise._behaviour(task, f) for f in (mistake.function, task.reference))
     assert not exercise._same(wrong, right)
 
 
-@pytest.mark.parametrize(
-    ("task", "mistake"), MISTAKES, ids=lambda x: x.name if isinstance(x, Exercise) else x.function.__name__
-)
+@pytest.mark.parametrize(("task", "mistake"), MISTAKES)
 def test_no_verdict_shows_the_answer(task: Exercise, mistake: Mistake) -> None:
     report, smallest = judge(task, mistake.function)
     shown = " ".join(f"{report.text} {smallest}".split())
@@ -253,6 +258,11 @@ def test_the_solution_prints_the_reference(name: str, capsys: pytest.CaptureFixt
     solution(name)
     printed = capsys.readouterr().out
     assert printed.startswith("# lora_edu/") and f"def {name}(" in printed
+
+
+def test_a_missing_library_is_named() -> None:
+    report, _ = judge(replace(EXERCISES["truncated_svd"], needs="no_such_library"), good)
+    assert report.passed is None and "needs no_such_library" in report.text
 
 
 def test_unknown_names_get_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

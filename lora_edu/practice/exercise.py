@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,10 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise. `parse` turns a raw result into what properties see, or raises; `observe` into comparable arrays."""
+    """One exercise. `parse` turns a raw result into what properties see, or raises; `observe` into comparable arrays.
+
+    `needs` names a module without which the cases cannot be made.
+    """
 
     number: str
     chapter: str
@@ -74,6 +78,7 @@ class Exercise:
     observe: Callable[..., tuple[Any, ...]] = lambda result, *args: result
     changes_arguments: bool = False
     after: str = ""
+    needs: str = ""
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +129,8 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
         return Report(name, False, "NOT_CALLABLE", f"check wants your function itself; it got a {kind}."), ""
     if _is_stub(function):
         return Report(name, None, "NOT_ATTEMPTED", "not attempted yet."), ""
+    if exercise.needs and find_spec(exercise.needs) is None:
+        return Report(name, None, "MISSING", f"this check needs {exercise.needs}, which is not installed."), ""
     behaviour = []
     failure: tuple[str, str, str] | None = None
     attempt = _Attempt(function, exercise.changes_arguments)

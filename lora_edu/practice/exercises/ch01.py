@@ -537,6 +537,7 @@ C3 = Exercise(
     parse=_parse_model,
     observe=_observe_model,
     changes_arguments=True,
+    needs="torch",
     cases=_models,
     properties=(
         Property("RETURN", "Return the model in which the layer was replaced, not a part of it.", _same_task),
