@@ -2,6 +2,7 @@
 # make test   pass the tests                (sets everything up on first use)
 # make notebooks              regenerate every stored output; a second run changes nothing
 # make fresh CHAPTER=01       a new copy of one chapter in work/, the old one kept
+# make benchmarks             speed against the reference implementations
 # make lint                   formatting, imports, types
 # make constraints            pin the newest versions that fit pyproject.toml
 
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: lab test notebooks fresh lint constraints clean
+.PHONY: lab test notebooks fresh benchmarks lint constraints clean
 
 lab: $(VENV)/.lab
 	$(BIN)/python -m lora_edu lab $(ARGS)
@@ -30,6 +31,9 @@ test: $(VENV)/.$(EXTRAS)
 
 notebooks: $(VENV)/.$(EXTRAS)
 	$(BIN)/python tools/refresh.py $(ARGS)
+
+benchmarks: $(VENV)/.$(EXTRAS)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/python -m ruff check .

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_edu.config import LoRAConfig
+from lora_edu.config import LoRAConfig, named
 from lora_edu.inject import State, _state, add_lora, lora_parameters, remove_lora
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -61,18 +61,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write the adapter to `folder` and return it. A crash while writing leaves the old files whole.
 
     The targets are written as the full paths that were really adapted, and what differs in a layer as patterns of
-    its path, so that the file means the same whatever else the model contains.
+    its path.
     Raises RuntimeError when the model has no LoRA.
     """
     folder = Path(folder)
     tensors, config = adapter_state(model), json.dumps(_to_peft(model), indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
+    weights, settings = folder / WEIGHTS, folder / CONFIG
     parts = [folder / f"{name}.part" for name in (WEIGHTS, CONFIG)]
+    old = weights.read_bytes() if weights.is_file() else None
     try:
         save_file(tensors, parts[0], metadata={"format": "pt"})
         parts[1].write_text(config, encoding="utf-8")
-        for part in parts:
-            os.replace(part, part.with_suffix(""))
+        os.replace(parts[0], weights)
+        try:
+            os.replace(parts[1], settings)
+        except BaseException:  # one new file beside an old one would be a third adapter
+            weights.unlink() if old is None else weights.write_bytes(old)
+            raise
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
@@ -179,6 +185,9 @@ def _to_peft(model: nn.Module) -> dict[str, Any]:
     state, layers = _state(model)
     c = state.config
     exact = {path: re.escape(path) for path in layers}
+    paths = sorted(layers)
+    # peft reads a list as endings of paths; where a path is also another one's ending, a regular expression says it.
+    only_these = sorted(path for path, _ in model.named_modules() if named(paths, path)) == paths
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -187,7 +196,7 @@ def _to_peft(model: nn.Module) -> dict[str, Any]:
         "r": c.r,
         "lora_alpha": c.lora_alpha,
         "lora_dropout": c.lora_dropout,
-        "target_modules": "|".join(exact.values()),
+        "target_modules": paths if only_these else "|".join(exact.values()),
         "rank_pattern": {f"^{exact[p]}": layer.r for p, layer in layers.items() if layer.r != c.r},
         "alpha_pattern": {
             f"^{exact[p]}": layer.lora_alpha for p, layer in layers.items() if layer.lora_alpha != c.lora_alpha

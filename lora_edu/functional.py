@@ -49,11 +49,15 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, W, A, B = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        dB = None
+        if needs_B:
+            z = (x @ A.t()).mul_(ctx.s)  # computed again: a stored z would give wrong second derivatives
+            # Over many tokens z^T g is the faster product; over few its transposed copy costs more than it saves.
+            dB = (z.t() @ g).t() if len(x) > 8 * len(A) else g.t() @ z
+            del z  # freed before dz is made: the peak is lower
         dz = (g @ B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
-        dx = (g @ W).addmm_(dz, A) if needs_x else None
         dA = dz.t() @ x if needs_A else None
-        # z is computed again: a stored z would give wrong second derivatives. As (z^T g)^T it is twice as fast.
-        dB = ((x @ A.t()).t() @ g).mul_(ctx.s).t() if needs_B else None
+        dx = (g @ W).addmm_(dz, A) if needs_x else None
         return dx, None, dA, dB, None, None
 
 
@@ -69,16 +73,16 @@ def delta(A: Tensor, B: Tensor, s: float) -> Tensor:
     return s * (B @ A)
 
 
-def dora_norm(W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor | None = None) -> Tensor:
+def dora_norm(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """The length of every row of W + s B A, of shape (out,), without forming B A.
 
     |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) . b for each row w (in,) of W and b (r,) of B: products
-    with r columns, where the definition needs one of the size of W. `squares` is |w|^2, when it is known already.
+    with r columns, where the definition needs one of the size of W.
 
     Source: the norm of Liu et al. 2024 (arXiv 2402.09353), equation 5, multiplied out.
     """
-    squares = W.square().sum(1) if squares is None else squares
-    cross = (linear(A, W).t() * B).sum(1)  # linear(A, W) is A W^T (r, out)
+    squares = torch.linalg.vector_norm(W, dim=1).square()
+    cross = (W @ A.t() * B).sum(1)
     own = (B @ (A @ A.t()) * B).sum(1)
     return (squares + 2 * s * cross + s * s * own).clamp_min(0).sqrt()
 

@@ -1,0 +1,118 @@
+"""The fused kernel is the plain formula in value, first and second derivatives, and saves nothing but x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from lora_edu.functional import _Fused, delta, dora_norm, lora_linear, plain_lora_linear  # noqa: E402
+
+
+def factors(shape: tuple[int, ...], d_out: int, r: int, bias: bool = True, dtype: Any = torch.float64) -> list[Any]:
+    """x, W, A, B, s, b with x (*shape); x, A and B require gradients, W and b are frozen."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Any:
+        return torch.randn(size, generator=generator, dtype=dtype)
+
+    x, W, A, B = draw(*shape), draw(d_out, shape[-1]), draw(r, shape[-1]), draw(d_out, r)
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+    return [x, W, A, B, 1.5, draw(d_out) if bias else None]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls that really took the fused path."""
+    calls: list[int] = []
+    fused = _Fused.apply
+    monkeypatch.setattr(_Fused, "apply", lambda *args: calls.append(1) or fused(*args))
+    return calls
+
+
+def same_everywhere(args: list[Any]) -> None:
+    """Fused and plain agree in value and in the gradients of x, A and B."""
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    one, two = lora_linear(*args), plain_lora_linear(*args)
+    torch.testing.assert_close(one, two)
+    g = torch.randn_like(two)
+    for a, b in zip(torch.autograd.grad(one, leaves, g), torch.autograd.grad(two, leaves, g), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(
+    lead=st.lists(st.integers(0, 3), max_size=3),
+    d_in=st.integers(1, 6),
+    d_out=st.integers(1, 6),
+    r=st.integers(1, 8),
+    bias=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_fused_is_plain_for_every_shape(lead: list[int], d_in: int, d_out: int, r: int, bias: bool) -> None:
+    args = factors((*lead, d_in), d_out, r, bias)
+    same_everywhere(args)
+    assert lora_linear(*args).shape == (*lead, d_out)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])  # dB is computed in two ways
+def test_first_and_second_derivatives(tokens: int, fused_calls: list[int]) -> None:
+    args = factors((tokens, 3), 4, 2)
+    assert torch.autograd.gradcheck(lora_linear, args) and torch.autograd.gradgradcheck(lora_linear, args)
+    assert fused_calls
+
+
+@pytest.mark.parametrize("leaf", [0, 2, 3])
+def test_each_gradient_alone(leaf: int, fused_calls: list[int]) -> None:
+    args = factors((3, 4), 5, 2)
+    for position in (0, 2, 3):
+        args[position].requires_grad_(position == leaf)
+    same_everywhere(args)
+    assert fused_calls
+
+
+def test_only_x_is_kept_for_the_backward_pass(fused_calls: list[int]) -> None:
+    args = factors((64, 16), 24, 4)
+    own = {t.data_ptr() for t in args if torch.is_tensor(t)}
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(*args)
+    assert fused_calls and {t.data_ptr() for t in kept} <= own
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        plain_lora_linear(*args)
+    assert not {t.data_ptr() for t in kept} <= own  # the plain one keeps z as well
+
+
+def test_it_falls_back_where_it_must(fused_calls: list[int]) -> None:
+    trainable = factors((3, 4), 5, 2)
+    trainable[1].requires_grad_()
+    same_everywhere(trainable)  # the gradient of W is there
+    trainable_bias = factors((3, 4), 5, 2)
+    trainable_bias[5].requires_grad_()
+    same_everywhere(trainable_bias)
+    x, W, A, B, s, b = factors((3, 4), 5, 2, dtype=torch.float32)
+    half = [x.bfloat16().detach(), W.bfloat16(), A, B, s, b.bfloat16()]
+    assert lora_linear(*half).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_linear(x, W, A, B, s, b).dtype == torch.bfloat16
+    rows = torch.vmap(lambda row: lora_linear(row, W, A, B, s, b))(x)
+    torch.testing.assert_close(rows, plain_lora_linear(x, W, A, B, s, b))
+    assert not fused_calls
+
+
+@given(d_in=st.integers(1, 7), d_out=st.integers(1, 7), r=st.integers(1, 8), s=st.floats(-4, 4))
+@settings(max_examples=60, deadline=None)
+def test_doras_norm_is_the_length_of_every_row(d_in: int, d_out: int, r: int, s: float) -> None:
+    _, W, A, B, _, _ = factors((1, d_in), d_out, r)
+    direct = torch.linalg.norm(W + delta(A, B, s), dim=1)
+    torch.testing.assert_close(dora_norm(W, A, B, s), direct, rtol=1e-6, atol=1e-6)
+
+
+def test_doras_norm_of_a_row_that_cancels_is_zero_and_not_nan() -> None:
+    W, A, B = torch.eye(3), torch.eye(3), -torch.eye(3)
+    assert torch.equal(dora_norm(W, A, B, 1.0), torch.zeros(3))
