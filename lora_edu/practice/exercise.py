@@ -12,7 +12,9 @@ import copy
 import dis
 import inspect
 import io
+import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +61,8 @@ class Mistake:
 class Exercise:
     """One exercise. `parse` turns a raw result into what properties see, or raises; `observe` into comparable arrays.
 
-    `needs` names a module without which the cases cannot be made.
+    `call` is how the function is used on a case, by default once with the case's arguments; `needs` names a module
+    without which the cases cannot be made.
     """
 
     number: str
@@ -76,6 +79,7 @@ class Exercise:
     hints: tuple[str, str, str]
     parse: Callable[[Any], Any]
     observe: Callable[..., tuple[Any, ...]] = lambda result, *args: result
+    call: Callable[..., Any] = lambda function, *args: function(*args)
     changes_arguments: bool = False
     after: str = ""
     needs: str = ""
@@ -121,6 +125,15 @@ def arrays(count: int) -> Callable[[Any], tuple[np.ndarray, ...]]:
     return parse
 
 
+def module(result: Any) -> Any:
+    """A parser for results that are a torch module."""
+    from torch import nn
+
+    if not isinstance(result, nn.Module):
+        raise TypeError
+    return result
+
+
 def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None = None) -> tuple[Report, str]:
     """The report on `function`, and the smallest input on which it fails (empty when it does not)."""
     name = exercise.name
@@ -133,7 +146,7 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
         return Report(name, None, "MISSING", f"this check needs {exercise.needs}, which is not installed."), ""
     behaviour = []
     failure: tuple[str, str, str] | None = None
-    attempt = _Attempt(function, exercise.changes_arguments)
+    attempt = _Attempt(function, exercise)
     for case in exercise.cases():
         seen, code, sentence = _examine(exercise, attempt, case)
         if code == "NOT_ATTEMPTED":
@@ -157,7 +170,7 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
 
 
 def _behaviour(exercise: Exercise, function: Callable[..., Any]) -> list[tuple[Any, ...]]:
-    attempt = _Attempt(function, exercise.changes_arguments)
+    attempt = _Attempt(function, exercise)
     return [_examine(exercise, attempt, case)[0] for case in exercise.cases()]
 
 
@@ -225,8 +238,8 @@ class _OutOfTime(BaseException):
 class _Attempt:
     """Calls the learner's function: printing caught, time limited, its arguments watched."""
 
-    def __init__(self, function: Callable[..., Any], changes_arguments: bool) -> None:
-        self.function, self.changes_arguments = function, changes_arguments
+    def __init__(self, function: Callable[..., Any], exercise: Exercise) -> None:
+        self.function, self.exercise = function, exercise
         self.left = SECONDS
         self.printed = False
         self.changed = False
@@ -239,19 +252,31 @@ class _Attempt:
         error: BaseException | None = None
         self.result = None
         try:
-            with redirect_stdout(said), redirect_stderr(said), _alarm(self.left):
-                self.result = self.function(*args)
+            with redirect_stdout(said), redirect_stderr(said), _own_randomness(), _alarm(self.left):
+                self.result = self.exercise.call(self.function, *args)
         except KeyboardInterrupt:
             raise
         except BaseException as raised:
             error = raised
         self.left = max(0.1, self.left - (time.monotonic() - start))
         self.printed = self.printed or bool(said.getvalue().strip())
-        self.changed = not self.changes_arguments and any(
+        self.changed = not self.exercise.changes_arguments and any(
             isinstance(a, np.ndarray) and not np.array_equal(a, b, equal_nan=True)
             for a, b in zip(args, before, strict=True)
         )
         return error
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """One seed for every call, so that verdicts repeat; the notebook's own random numbers go on undisturbed."""
+    torch = sys.modules.get("torch")
+    numpys, pythons, torchs = np.random.get_state(), random.getstate(), torch and torch.get_rng_state()
+    np.random.seed(0), random.seed(0), torch and torch.manual_seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpys), random.setstate(pythons), torch and torch.set_rng_state(torchs)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_edu import lowrank
-from lora_edu.practice.exercise import Case, Exercise, Mistake, Property, arrays
+from lora_edu.practice.exercise import Case, Exercise, Mistake, Property, arrays, module
 
 Array = lowrank.Array
 
@@ -380,14 +380,6 @@ def _models() -> list[Case]:
     ]
 
 
-def _parse_model(result: Any) -> Any:
-    from torch import nn
-
-    if not isinstance(result, nn.Module):
-        raise TypeError
-    return result
-
-
 def _map(layer: Any, d_in: int) -> tuple[Array, Array] | None:
     """The weight (out, in) and bias of the affine map that a module computes; None when it cannot take the input."""
     import torch
@@ -534,7 +526,7 @@ C3 = Exercise(
     task="Replace one nn.Linear by two that store less and compute its best rank-r approximation.",
     returns="the model, an nn.Module",
     reference=peft_compression,
-    parse=_parse_model,
+    parse=module,
     observe=_observe_model,
     changes_arguments=True,
     needs="torch",
