@@ -64,6 +64,10 @@ def tags(cell: dict[str, Any]) -> list[str]:
     return list(cell["metadata"].get("tags", []))
 
 
+def stub_of(cell: dict[str, Any]) -> ast.FunctionDef | ast.ClassDef:
+    return next(n for n in ast.parse(cell["text"]).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+
+
 def outputs(cell: dict[str, Any]) -> list[dict[str, Any]]:
     return list(cell["outputs"])
 
@@ -141,12 +145,14 @@ def test_exercises_stand_under_their_heading_with_stub_and_check(notebook: Noteb
     for number, cell in enumerate(notebook.cells):
         if "exercise" not in tags(cell):
             continue
-        tree = ast.parse(cell["text"])
-        stub = next(n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+        stub = stub_of(cell)
         task = EXERCISES[stub.name]
-        assert isinstance(stub, ast.FunctionDef)
-        assert [a.arg for a in stub.args.args] == list(inspect.signature(task.reference).parameters)
-        assert ast.get_docstring(stub) and ast.unparse(stub.body[-1]) == "..."
+        functions = (
+            [n for n in stub.body if isinstance(n, ast.FunctionDef)] if isinstance(stub, ast.ClassDef) else [stub]
+        )
+        arguments = [a.arg for a in functions[0].args.args if a.arg != "self"]
+        assert arguments == list(inspect.signature(task.reference).parameters)
+        assert ast.get_docstring(stub) and all(ast.unparse(f.body[-1]) == "..." for f in functions)
         assert cell["text"].rstrip().endswith(f'check("{stub.name}", {stub.name})')
         above = notebook.cells[number - 1]["text"]
         assert above.startswith(task.heading), f"the heading should be: {task.heading}"
@@ -169,7 +175,7 @@ def test_filled_with_the_references_all_checks_pass(
     for cell in notebook.code:
         if "exercise" in tags(cell):
             exec(cell["text"], space)
-            name = next(n.name for n in ast.parse(cell["text"]).body if isinstance(n, ast.FunctionDef))
+            name = stub_of(cell).name
             assert space["check"] is check and check(name, space[name]).passed is None
             space[name] = EXERCISES[name].reference
             assert eval(cell["text"].rstrip().splitlines()[-1], space).passed is True

@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import textwrap
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 from lora_edu.practice import progress
 from lora_edu.practice.exercise import Exercise, Report, judge
-from lora_edu.practice.exercises import load
+from lora_edu.practice.exercises import find, load
 from lora_edu.practice.predictions import predict, reveal
 
 __all__ = ["check", "hint", "predict", "reveal", "solution"]
@@ -68,12 +69,13 @@ def solution(name: str) -> None:
 
 
 def _find(name: Any) -> Exercise | None:
-    return load().get(name) if isinstance(name, str) else None
+    return find(name) if isinstance(name, str) else None
 
 
 def _unknown(name: Any) -> str:
     near = get_close_matches(str(name), load(), n=1)
-    return f"there is no exercise {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+    torch = "" if find_spec("torch") else " Exercises from chapter 03 on need torch, which is not installed."
+    return f"there is no exercise {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + torch
 
 
 def _record(exercise: Exercise, report: Report) -> int:

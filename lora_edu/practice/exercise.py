@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,13 @@ def module(result: Any) -> Any:
     return result
 
 
+def traced(result: Any) -> Any:
+    """A parser for what a `call` has seen, which it returns in a SimpleNamespace; anything else is the wrong type."""
+    if not isinstance(result, SimpleNamespace):
+        raise TypeError
+    return result
+
+
 def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None = None) -> tuple[Report, str]:
     """The report on `function`, and the smallest input on which it fails (empty when it does not)."""
     name = exercise.name
@@ -147,7 +155,7 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
     behaviour = []
     failure: tuple[str, str, str] | None = None
     attempt = _Attempt(function, exercise)
-    for case in exercise.cases():
+    for case in _cases(exercise):
         seen, code, sentence = _examine(exercise, attempt, case)
         if code == "NOT_ATTEMPTED":
             return Report(name, None, code, sentence), ""
@@ -171,7 +179,12 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
 
 def _behaviour(exercise: Exercise, function: Callable[..., Any]) -> list[tuple[Any, ...]]:
     attempt = _Attempt(function, exercise)
-    return [_examine(exercise, attempt, case)[0] for case in exercise.cases()]
+    return [_examine(exercise, attempt, case)[0] for case in _cases(exercise)]
+
+
+def _cases(exercise: Exercise) -> Sequence[Case]:
+    with _own_randomness():
+        return exercise.cases()
 
 
 def _examine(exercise: Exercise, attempt: _Attempt, case: Case) -> tuple[tuple[Any, ...], str, str]:
@@ -217,7 +230,7 @@ def _examine(exercise: Exercise, attempt: _Attempt, case: Case) -> tuple[tuple[A
         )
     try:
         seen = exercise.observe(parsed, *case.args)
-        if any(not np.isfinite(part).all() for part in seen):
+        if any(not isinstance(part, str) and not np.isfinite(part).all() for part in seen):
             return seen, "NAN", "The result holds NaN or infinity."
         for check in exercise.properties:
             if not check.holds(parsed, *case.args):
@@ -299,7 +312,10 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 def _is_stub(function: Callable[..., Any]) -> bool:
-    """Whether the body is still `...` (or empty but for its docstring)."""
+    """Whether the body, of a class every method's, is still `...` (or empty but for its docstring)."""
+    if inspect.isclass(function):
+        methods = [m for m in vars(function).values() if inspect.isfunction(m)]
+        return bool(methods) and all(map(_is_stub, methods))
     if not inspect.isfunction(function):
         return False
     code = [i for i in dis.get_instructions(function) if i.opname not in ("RESUME", "NOP", "CACHE")]

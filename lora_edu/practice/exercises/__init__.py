@@ -11,12 +11,31 @@ from lora_edu.practice.exercise import Exercise
 
 @cache
 def load() -> dict[str, Exercise]:
-    """All exercises by name, in the order of the chapters."""
+    """All exercises by name, in the order of the chapters; those of a chapter that needs torch, where there is torch."""
     found: dict[str, Exercise] = {}
-    for module in sorted(m.name for m in iter_modules(__path__)):
-        for value in vars(import_module(f"{__name__}.{module}")).values():
-            if isinstance(value, Exercise):
-                if value.name in found:
-                    raise ValueError(f"two exercises are named {value.name!r}.")
-                found[value.name] = value
+    for chapter in _chapters():
+        for exercise in _of(chapter):
+            if exercise.name in found:
+                raise ValueError(f"two exercises are named {exercise.name!r}.")
+            found[exercise.name] = exercise
     return found
+
+
+def find(name: str) -> Exercise | None:
+    """The exercise of that name. Later chapters than its own are not imported: chapter 01 does not wait for torch."""
+    return next((e for chapter in _chapters() for e in _of(chapter) if e.name == name), None)
+
+
+def _chapters() -> list[str]:
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+@cache
+def _of(chapter: str) -> list[Exercise]:
+    try:
+        module = import_module(f"{__name__}.{chapter}")
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        return []
+    return [value for value in vars(module).values() if isinstance(value, Exercise)]
