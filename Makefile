@@ -1,5 +1,6 @@
 # make lab    open the course in JupyterLab (sets everything up on first use)
 # make test   pass the tests                (sets everything up on first use)
+# make test-source            pass those of appendix B, which installs TensorFlow
 # make notebooks              regenerate every stored output; a second run changes nothing
 # make fresh CHAPTER=01       a new copy of one chapter in work/, the old one kept
 # make benchmarks             speed against the reference implementations
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: lab test notebooks fresh benchmarks lint constraints clean
+.PHONY: lab test test-source notebooks fresh benchmarks lint constraints clean
 
 lab: $(VENV)/.lab
 	$(BIN)/python -m lora_edu lab $(ARGS)
@@ -28,6 +29,9 @@ fresh: $(VENV)/.lab
 
 test: $(VENV)/.$(EXTRAS)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-source:
+	$(MAKE) test EXTRAS=dev,source ARGS="-m source --no-cov notebooks/appendix $(ARGS)"
 
 notebooks: $(VENV)/.$(EXTRAS)
 	$(BIN)/python tools/refresh.py $(ARGS)
@@ -42,7 +46,7 @@ lint: $(VENV)/.$(EXTRAS)
 
 constraints: $(VENV)/.$(EXTRAS)
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/python -m uv pip compile -q --universal --upgrade -P torch==$(TORCH) -p 3.11 --extra dev --extra browser pyproject.toml -o constraints.txt
+	$(BIN)/python -m uv pip compile -q --universal --upgrade -P torch==$(TORCH) -p 3.11 --extra dev --extra browser --extra source pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf $(VENV)

@@ -17,10 +17,16 @@ _home = tempfile.TemporaryDirectory()
 os.environ["LORA_EDU_HOME"] = _home.name
 
 
+APPENDICES = {"A": "real", "B": "source"}  # each in a lane of its own
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         path = Path(item.nodeid.split("::")[0])
-        marker = "notebooks" if path.suffix == ".ipynb" else "browser" if "browser" in path.parts else "unit"
+        if path.suffix == ".ipynb":
+            marker = APPENDICES[path.name[0]] if path.parent.name == "appendix" else "notebooks"
+        else:
+            marker = "browser" if "browser" in path.parts else "unit"
         item.add_marker(marker)
 
 
@@ -30,8 +36,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             name = getattr(report, "nodeid", "").split("::")[0]
-            if name.endswith(".ipynb"):
-                seconds[Path(name).name] += getattr(report, "duration", 0.0)
+            if name.endswith(".ipynb") and hasattr(report, "duration"):  # a deselected cell has none
+                seconds[Path(name).name] += report.duration
     if seconds:
         terminalreporter.section("seconds per chapter")
         for name, spent in sorted(seconds.items()):

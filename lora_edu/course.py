@@ -41,7 +41,7 @@ def prepare() -> list[str]:
             _copy(source, copy)
         elif _origin(copy) != _digest(source):
             said.append(
-                f"{copy.name} has a newer version; yours is kept. For a new copy beside it: python -m lora_edu fresh {copy.name[:2]}"
+                f"{copy.name} has a newer version; yours is kept. For a new copy beside it: python -m lora_edu fresh {copy.name.split('_')[0]}"
             )
     return said
 
@@ -55,7 +55,7 @@ def fresh(chapter: str) -> str:
     copy = work() / found[0].relative_to(NOTEBOOKS)
     if not copy.exists():
         _copy(found[0], copy)
-        return f"{copy.name} is ready in {work().name}/."
+        return f"{copy.name} is ready in {copy.parent.name}/."
     number = 1
     while (kept := copy.with_name(f"{copy.stem}.kept-{number}.ipynb")).exists():
         number += 1

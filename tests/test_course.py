@@ -76,6 +76,23 @@ def test_fresh_keeps_the_old_copy_each_time(folders: tuple[Path, Path], capsys: 
     assert "kept as 01_one.kept-2.ipynb" in capsys.readouterr().out
 
 
+def test_an_appendix_is_copied_and_renewed_in_its_folder(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folders[0] / "appendix" / "A_more.ipynb"
+    source.parent.mkdir()
+    write(source, "z = 3")
+    course.prepare()
+    assert cell(folders[1] / "appendix" / "A_more.ipynb")["source"] == ["z = 3"]
+    write(source, "z = 4")
+    (said,) = course.prepare()
+    assert said.endswith("fresh A") and main(["fresh", "A"]) == 0
+    assert cell(folders[1] / "appendix" / "A_more.ipynb")["source"] == ["z = 4"]
+    assert cell(folders[1] / "appendix" / "A_more.kept-1.ipynb")["source"] == ["z = 3"]
+    (folders[1] / "appendix" / "A_more.ipynb").unlink()
+    assert main(["fresh", "A"]) == 0 and "A_more.ipynb is ready in appendix/." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("chapter", ["", "7", "0", "nothing"])
 def test_a_chapter_that_is_none_is_named_with_those_that_are(chapter: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fresh", chapter]) == 1

@@ -9,12 +9,15 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from conftest import APPENDICES
 from lora_edu.course import ROOT, chapters
+from tools.refresh import missing
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,16 +103,32 @@ def test_environment_yml_leaves_the_packages_to_pip() -> None:
     assert python.removeprefix("python=") in PROJECT["requires-python"].split(",")[0]
 
 
+def test_the_default_run_leaves_the_appendices_to_their_lanes() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    selected = re.findall(r"^-m '(.+?)'", options["addopts"])
+    assert [set(s.split(" and ")) for s in selected] == [{f"not {lane}" for lane in APPENDICES.values()}]
+    assert {path.name[0] for path in chapters(ROOT / "notebooks" / "appendix")} <= APPENDICES.keys()
+
+
+def test_the_refresh_leaves_out_an_appendix_whose_library_is_missing(tmp_path: Path) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in ("import sys, no_such.library", "x = ?")]
+    for folder, absent in (("appendix", ["no_such.library"]), ("chapters", [])):
+        path = tmp_path / folder / "A_more.ipynb"
+        path.parent.mkdir()
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        assert missing(path) == absent
+
+
 def test_the_readme_lists_every_chapter_with_its_minutes_and_nothing_else() -> None:
-    rows = re.findall(r"^\| \[(\d\d) .+?\]\((notebooks/.+?\.ipynb)\) \| .+ \| (\d+) \|", README, re.MULTILINE)
-    assert [Path(path).name for _, path, _ in rows] == [path.name for path in chapters()]
-    for _, path, minutes in rows:
+    rows = re.findall(r"^\| \[(?:\d\d|[AB]) .+?\]\((notebooks/.+?\.ipynb)\) \| .+ \| (\d+) \|", README, re.MULTILINE)
+    assert [Path(path).name for path, _ in rows] == [path.name for path in chapters()]
+    for path, minutes in rows:
         assert f"Time: {minutes} minutes" in (ROOT / path).read_text(encoding="utf-8")
 
 
 def test_the_readmes_commands_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"\bmake ([a-z]+)", README)):
+    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for link in re.findall(r"\]\(([^)#:\s]+)\)", README):
         assert (ROOT / link).exists(), link

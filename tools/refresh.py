@@ -2,14 +2,17 @@
 
 The only writer of stored notebooks. A second run changes no byte, except in cells that are excused from
 comparison (tag `nbval-ignore-output`), and those keep their stored output while their source is unchanged.
+An appendix whose library is not installed is left as it is, with a line that says so.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,17 @@ def write_cover(notebook: NotebookNode) -> None:
             COVER.write_bytes(base64.b64decode(pictures[0]))
 
 
+def missing(path: Path) -> list[str]:
+    """The libraries that an appendix imports and that are not installed; the dev install has those of the chapters."""
+    if path.parent.name != "appendix":
+        return []
+    setup = next(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    tree = ast.parse(setup)
+    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return [name for name in names if find_spec(name.split(".")[0]) is None]
+
+
 def refresh(path: Path) -> bool:
     """Regenerate one notebook; return whether its file changed."""
     text: Any = path.read_text(encoding="utf-8")
@@ -98,7 +112,11 @@ def main() -> None:
     os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for path in [Path(name).resolve() for name in sys.argv[1:]] or chapters():
-        print(f"{path.relative_to(NOTEBOOKS)}: {'changed' if refresh(path) else 'unchanged'}", flush=True)
+        if absent := missing(path):
+            said = f"skipped, {', '.join(absent)} is not installed"
+        else:
+            said = "changed" if refresh(path) else "unchanged"
+        print(f"{path.relative_to(NOTEBOOKS)}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -171,7 +172,7 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
     code, sentence, smallest = failure
     if code != "TIMEOUT":
         for mistake in exercise.mistakes if mistakes is None else mistakes:
-            if _same(behaviour, _behaviour(exercise, mistake.function)):
+            if _same(behaviour, _of_mistake(exercise, mistake)):
                 code, sentence = mistake.code, mistake.sentence
                 break
     return Report(name, False, code, f"not yet ({code}). {sentence}{printed}"), smallest
@@ -180,6 +181,11 @@ def judge(exercise: Exercise, function: Any, mistakes: Sequence[Mistake] | None 
 def _behaviour(exercise: Exercise, function: Callable[..., Any]) -> list[tuple[Any, ...]]:
     attempt = _Attempt(function, exercise)
     return [_examine(exercise, attempt, case)[0] for case in _cases(exercise)]
+
+
+@cache
+def _of_mistake(exercise: Exercise, mistake: Mistake) -> list[tuple[Any, ...]]:
+    return _behaviour(exercise, mistake.function)
 
 
 def _cases(exercise: Exercise) -> Sequence[Case]:
@@ -356,7 +362,9 @@ def _kind(result: Any) -> str:
 
 
 def _describe(exercise: Exercise, case: Case) -> str:
-    names = list(inspect.signature(exercise.reference).parameters)
+    # A `call` that names its arguments says what the case holds; otherwise they are the function's own.
+    named = [p.name for p in inspect.signature(exercise.call).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = named[1:] or list(inspect.signature(exercise.reference).parameters)
     return ", ".join(f"{name} = {_value(arg)}" for name, arg in zip(names, case.args, strict=False))
 
 
@@ -364,5 +372,8 @@ def _value(arg: Any) -> str:
     if isinstance(arg, np.ndarray):
         small = arg.size <= 12
         return " ".join(np.array2string(arg, precision=3, separator=", ").split()) if small else f"an array {arg.shape}"
+    if hasattr(arg, "named_modules"):
+        kinds = (f"{path}: {type(m).__name__}" for path, m in arg.named_modules() if path and not list(m.children()))
+        return f"a {type(arg).__name__} ({', '.join(kinds)})"
     text = " ".join(repr(arg).split())
     return text if len(text) <= 120 else f"a {type(arg).__name__}"

@@ -52,3 +52,21 @@ def lora_count(rng: Rng) -> dict[str, Any]:
         "dense": d_in * d_out,
         "share": count / (d_in * d_out),
     }
+
+
+def projections(rng: Rng) -> dict[str, Any]:
+    layers, d, r = (
+        (128, 4096, 8)
+        if rng is None
+        else (int(x) for x in (4 * rng.integers(4, 40), 64 * rng.integers(8, 128), 2 ** rng.integers(0, 7)))
+    )
+    base, trained = layers * d * d, layers * 2 * r * d
+    return {
+        "layers": layers,
+        "d": d,
+        "r": r,
+        "base": base,
+        "trained": trained,
+        "during": base + trained,
+        "share": trained / (base + trained),
+    }

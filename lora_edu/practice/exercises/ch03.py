@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,7 +134,7 @@ C5 = Exercise(
         Mistake("NO_BASE", "The frozen path is missing: LoRA adds to W x, it does not replace it.", _no_base),
         Mistake(
             "MUTATES",
-            "You wrote the update into W itself: the caller's frozen weight has changed.",
+            "One of the arrays that were passed in has changed, W for example: the caller still needs them as they were.",
             _in_place,
         ),
     ),
@@ -187,6 +188,17 @@ def _close_to_slope(which: int) -> Any:
     return lambda got, *args: np.allclose(got[which], _derivatives(*args)[which])
 
 
+def _not_only_size(which: int) -> Any:
+    """False when the gradient is a multiple of the right one other than 1."""
+
+    def holds(got: Any, *args: Any) -> bool:
+        right = _derivatives(*args)[which]
+        factor = (got[which] * right).sum() / max((right**2).sum(), 1e-12)
+        return bool(np.isclose(factor, 1)) or not np.allclose(got[which], factor * right) or not got[which].any()
+
+    return holds
+
+
 def _dx_through_lora(x: Any, g: Any, W: Any, A: Any, B: Any, s: float) -> Any:
     return s * (g @ B) @ A, s * (g @ B).T @ x, s * g.T @ (x @ A.T)
 
@@ -229,7 +241,17 @@ C13 = Exercise(
             "Each gradient has the shape of what it belongs to: dx that of x, dA that of A, dB that of B.",
             lambda got, x, g, W, A, B, s: [m.shape for m in got] == [x.shape, A.shape, B.shape],
         ),
+        Property(
+            "DB_SIZE",
+            "dB points the right way and has the wrong size. Where does s enter, and how often?",
+            _not_only_size(2),
+        ),
         Property("DB", "dB is not the slope of the loss in B.", _close_to_slope(2)),
+        Property(
+            "DA_SIZE",
+            "dA points the right way and has the wrong size. Where does s enter, and how often?",
+            _not_only_size(1),
+        ),
         Property("DA", "dA is not the slope of the loss in A.", _close_to_slope(1)),
         Property("DX", "dx is not the slope of the loss in x: how many paths lead from x to y?", _close_to_slope(0)),
     ),
@@ -284,29 +306,40 @@ def _use_with_dropout(learner: Any, d_in: int, d_out: int, r: int, alpha: float,
     layer = learner(copy.deepcopy(base), r, alpha, dropout)
     if not isinstance(layer, nn.Module):
         return layer
-    x, seen = torch.randn(400, d_in), SimpleNamespace()
-    A: Any = layer.A
-    B: Any = layer.B
-    seen.shapes = tuple(A.shape), tuple(B.shape)
+    A, B = (m if torch.is_tensor(m := getattr(layer, name, None)) else torch.zeros(0) for name in "AB")
+    seen = SimpleNamespace(shapes=(tuple(A.shape), tuple(B.shape)), booleans=[], numbers=[])
     seen.trainable = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    if seen.shapes != ((r, d_in), (d_out, r)):
+        return seen
+    x = torch.randn(400, d_in, requires_grad=True)
+    y = base(x).detach()
+    seen.spread = (A.detach().std() * (3 * d_in) ** 0.5).item()
+    seen.start = torch.allclose(layer.eval()(x), y, atol=1e-5)
+    seen.clean = torch.allclose(layer.train()(x), y, atol=1e-5)  # B is zero: nothing but the frozen path
     with torch.no_grad():
-        y = base(x)
-        seen.reach, seen.spread = (A.abs().max() * d_in**0.5).item(), (A.std() * (3 * d_in) ** 0.5).item()
-        seen.start = (layer.eval()(x) - y).abs().max().item()
-        seen.frozen_path = (layer.train()(x) - y).abs().max().item()  # B is zero: nothing but the frozen path
         nn.init.normal_(A), nn.init.normal_(B)
-        expected = alpha / r * (x @ A.T @ B.T)
-        layer.eval()
+    layer.eval()(x).square().mean().backward()
+    seen.learns = A.grad is not None and B.grad is not None and bool(A.grad.any() and B.grad.any())
+    through = (x @ (base.weight + alpha / r * (B @ A).to(base.weight)).T + base.bias).square().mean()
+    seen.passes = x.grad is not None and torch.allclose(
+        x.grad, torch.autograd.grad(through, x)[0], rtol=1e-3, atol=1e-5
+    )
+    with torch.no_grad():
+        expected = (alpha / r * (x.to(A) @ A.T @ B.T)).to(y)
         seen.repeats = torch.equal(layer(x), layer(x))
-        seen.value = ((layer(x) - y - expected).norm() / expected.norm()).item()
+        seen.value = torch.allclose(layer(x) - y, expected, rtol=1e-3, atol=1e-4)
         layer.train()
-        update = layer(x) - y
         seen.active = not torch.equal(layer(x), layer(x))
-        seen.zeros = (update.abs() < 1e-6).double().mean().item()
+        seen.whole = ((layer(x) - y).abs() < 1e-6).double().mean().item() < 0.05
         mean = torch.stack([layer(x) - y for _ in range(60)]).mean(0)
         seen.size = ((mean * expected).sum() / expected.square().sum()).item()
-    half = learner(nn.Linear(d_in, d_out).bfloat16(), r, alpha, dropout).eval()
-    seen.half = half(x.bfloat16()).dtype == torch.bfloat16
+        one_hot = torch.eye(d_in).repeat(100, 1)  # a dropped entry leaves nothing of such a row's update
+        seen.share = ((layer(one_hot) - base(one_hot)).abs() < 1e-6).all(1).double().mean().item()
+        half = learner(nn.Linear(d_in, d_out).bfloat16(), r, alpha, dropout).eval()
+        seen.half = half(x.bfloat16()).dtype == torch.bfloat16
+    seen.booleans = [seen.start, seen.clean, seen.learns, seen.passes, seen.repeats, seen.value, seen.active]
+    seen.booleans += [seen.whole, seen.half]
+    seen.numbers = [round(math.log2(seen.spread + 1e-9)), abs(seen.size - 1) < 0.05, abs(seen.share - dropout) < 0.04]
     return seen
 
 
@@ -357,6 +390,28 @@ class _WideStart(LoRAWithDropout):
         nn.init.normal_(self.A)
 
 
+class _TransposedStart(LoRAWithDropout):
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
+        super().__init__(base, r, alpha, dropout)
+        self.A.data = nn.init.kaiming_uniform_(self.A.data.T.contiguous(), a=5**0.5).T.contiguous()
+
+
+class _KeepingProbability(LoRAWithDropout):
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
+        super().__init__(base, r, alpha, 1 - dropout)
+
+
+def _base_without_gradient(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = self.base(x)
+    return (y + self.s * (self.dropout(x.to(self.A.dtype)) @ self.A.T @ self.B.T)).to(y.dtype)
+
+
+def _detached(self: Any, x: Tensor) -> Tensor:
+    y = self.base(x)
+    return (y + self.s * (self.dropout(x.to(self.A.dtype)) @ self.A.data.T @ self.B.data.T)).to(y.dtype)
+
+
 C6 = Exercise(
     number="C6",
     chapter="03",
@@ -370,14 +425,14 @@ C6 = Exercise(
     parse=traced,
     observe=lambda seen, *args: (
         np.array([*seen.shapes[0], *seen.shapes[1], seen.trainable]),
-        np.array([seen.repeats, seen.active, seen.half, seen.start < 1e-5, seen.frozen_path < 1e-5, seen.zeros > 0.05]),
-        np.array([seen.reach < 1.001, abs(seen.size - 1) < 0.05, seen.value < 1e-4]),
+        np.array(seen.booleans),
+        np.array(seen.numbers),
     ),
     cases=lambda: [Case((12, 7, 1, 3.0, 0.5)), Case((40, 30, 4, 2.0, 0.25))],
     properties=(
         Property(
             "SHAPES",
-            "A should be a Parameter of shape (r, in) and B one of shape (out, r).",
+            "The module should have a Parameter A of shape (r, in) and one B of shape (out, r).",
             lambda seen, d_in, d_out, r, *rest: seen.shapes == ((r, d_in), (d_out, r)),
         ),
         Property(
@@ -385,35 +440,44 @@ C6 = Exercise(
             "Exactly A and B should require a gradient.",
             lambda seen, d_in, d_out, r, *rest: seen.trainable == r * (d_in + d_out),
         ),
-        Property(
-            "NOOP", "At the start the module should compute what its base does.", lambda seen, *a: seen.start < 1e-5
-        ),
-        Property(
-            "INIT_FAN_IN",
-            "A should start uniform in +-1/sqrt(in): so that the bottleneck has the size of x, whatever the width.",
-            lambda seen, *a: seen.reach < 1.001 and 0.7 < seen.spread < 1.3,
-        ),
+        Property("NOOP", "At the start the module should compute what its base does.", lambda seen, *a: seen.start),
         Property(
             "DROP_HITS_BASE",
             "With B = 0, in training, the output should be the base's: the frozen path must see the clean input.",
-            lambda seen, *a: seen.frozen_path < 1e-5,
+            lambda seen, *a: seen.clean,
         ),
-        Property("EVAL_DETERMINISTIC", "In eval mode two calls should agree.", lambda seen, *a: bool(seen.repeats)),
         Property(
-            "EVAL_VALUE", "In eval mode y should be base(x) + (alpha / r) B A x.", lambda seen, *a: seen.value < 1e-4
+            "INIT_FAN_IN",
+            "A should start random and of the size of 1/sqrt(in), whatever r is: that keeps the bottleneck at the size of x.",
+            lambda seen, *a: 0.4 < seen.spread < 2.8,
         ),
-        Property("DROP_ACTIVE", "In training two calls should differ.", lambda seen, *a: bool(seen.active)),
+        Property("EVAL_DETERMINISTIC", "In eval mode two calls should agree.", lambda seen, *a: seen.repeats),
+        Property("EVAL_VALUE", "In eval mode y should be base(x) + (alpha / r) B A x.", lambda seen, *a: seen.value),
+        Property(
+            "LEARNS", "A and B get no gradient: something cuts them off from the output.", lambda seen, *a: seen.learns
+        ),
+        Property(
+            "SIGNAL",
+            "The gradient of x is not g W + (alpha / r) g B A: frozen stops the update of W, not the signal through it.",
+            lambda seen, *a: seen.passes,
+        ),
+        Property("DROP_ACTIVE", "In training two calls should differ.", lambda seen, *a: seen.active),
         Property(
             "DROP_ON_OUTPUT",
             "Whole entries of the update vanish in training; dropout belongs on the input of A.",
-            lambda seen, *a: seen.zeros < 0.05,
+            lambda seen, *a: seen.whole,
         ),
         Property(
             "DROP_SCALE",
             "Averaged over many calls the update should be the one of eval mode.",
             lambda seen, *a: abs(seen.size - 1) < 0.05,
         ),
-        Property("DTYPE", "A bfloat16 base should give a bfloat16 output.", lambda seen, *a: bool(seen.half)),
+        Property(
+            "DROP_SHARE",
+            "The share of the entries of x that are dropped is not `dropout`.",
+            lambda seen, d_in, d_out, r, alpha, dropout: abs(seen.share - dropout) < 0.04,
+        ),
+        Property("DTYPE", "A bfloat16 base should give a bfloat16 output.", lambda seen, *a: seen.half),
     ),
     mistakes=(
         Mistake(
@@ -444,13 +508,31 @@ C6 = Exercise(
         ),
         Mistake(
             "DTYPE",
-            "With a bfloat16 base the output has the dtype of A; cast the sum back to the base output's.",
+            "With a bfloat16 base the output is wider than bfloat16; cast the sum back to the base output's dtype.",
             _with_forward(_precision_leaks),
         ),
         Mistake(
-            "INIT_FAN_IN",
-            "A starts normal with deviation 1: the bottleneck grows with the width. Its bound is 1/sqrt(in).",
+            "WIDE_START",
+            "A starts with deviation 1: the bottleneck grows with the width. Its size should be 1/sqrt(in).",
             _WideStart,
+        ),
+        Mistake(
+            "TRANSPOSED_START",
+            "A starts with the bound 1/sqrt(r): the initialiser took r for the fan-in. Its bound is 1/sqrt(in).",
+            _TransposedStart,
+        ),
+        Mistake(
+            "SIGNAL",
+            "The base runs without a gradient: frozen stops the update of W, not the signal through it to earlier layers.",
+            _with_forward(_base_without_gradient),
+        ),
+        Mistake(
+            "LEARNS", "A.data and B.data are cut off from autograd: A and B get no gradient.", _with_forward(_detached)
+        ),
+        Mistake(
+            "DROP_SHARE",
+            "`dropout` is the share that is dropped, as in nn.Dropout, not the share that is kept.",
+            _KeepingProbability,
         ),
     ),
     hints=(
@@ -501,17 +583,22 @@ def _injection_cases() -> list[Case]:
         Case((_block(), ["q_proj"], 2, 6.0)),
         Case((_block(), ["q_proj", "up_proj"], 3, 3.0)),
         Case((_block(), ["q_proj", "k_proj"], 2, 2.0)),
+        Case((_block(), ["q_proj", "first"], 2, 2.0)),
         Case((adapted, ["q_proj"], 2, 4.0)),
+        Case((copy.deepcopy(adapted), ["up_proj"], 2, 4.0)),
     ]
 
 
 def _inject(learner: Any, model: nn.Module, targets: list[str], r: int, alpha: float) -> Any:
     before, x = copy.deepcopy(model), torch.randn(5, next(model.parameters()).shape[1])
+    names = [path for path, m in before.named_modules() if isinstance(m, nn.Linear)]
     try:
         got = learner(model, targets, r, alpha)
         refused = False
-    except ValueError:
-        got, refused = model, True
+    except Exception as error:
+        if not isinstance(error, ValueError) and not _must_refuse(SimpleNamespace(names=names), targets):
+            raise
+        got, refused = model, isinstance(error, ValueError)
     if not isinstance(got, nn.Module):
         return got
     layers = {path: m for path, m in got.named_modules() if isinstance(m, LoRALinear)}
@@ -522,7 +609,7 @@ def _inject(learner: Any, model: nn.Module, targets: list[str], r: int, alpha: f
         trainable=sorted(name for name, p in got.named_parameters() if p.requires_grad),
         trained_before=sorted(name for name, p in before.named_parameters() if p.requires_grad),
         same_start=torch.allclose(got(x), before(x)),
-        names=[path for path, _ in before.named_modules()],
+        names=names,
     )
 
 
@@ -550,7 +637,7 @@ def _wrap_where(model: nn.Module, hit: Any, r: int, alpha: float) -> nn.Module:
 def _guard(model: nn.Module, targets: list[str]) -> None:
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError
-    if set(targets) - {path.rpartition(".")[2] for path, _ in model.named_modules()}:
+    if set(targets) - {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)}:
         raise ValueError
 
 
@@ -585,7 +672,7 @@ def _silent(model: Any, targets: Any, r: int, alpha: float) -> Any:
 
 
 def _twice(model: Any, targets: Any, r: int, alpha: float) -> Any:
-    if set(targets) - {path.rpartition(".")[2] for path, _ in model.named_modules()}:
+    if set(targets) - {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)}:
         raise ValueError
     return _wrap_where(model.requires_grad_(False), lambda path: path.rpartition(".")[2] in targets, r, alpha)
 
@@ -616,7 +703,7 @@ C7 = Exercise(
     properties=(
         Property(
             "COUNT",
-            "Exactly the layers whose own name, after the last dot, is a target should be wrapped.",
+            "Exactly the nn.Linear layers whose own name, after the last dot, is a target should be LoRALinear now.",
             _unless_refused(lambda seen, targets, r, alpha: seen.paths == _named(seen, targets)),
         ),
         Property(
@@ -637,7 +724,7 @@ C7 = Exercise(
         Property("NOOP", "At the start the outputs should not change.", lambda seen, *a: bool(seen.same_start)),
         Property(
             "NO_REFUSAL",
-            "A target that matches no layer, or a model that has a LoRA already, should raise ValueError.",
+            "A target that no nn.Linear is named by, or a model that has a LoRA already, should raise ValueError.",
             lambda seen, model, targets, r, alpha: seen.refused == _must_refuse(seen, targets),
         ),
         Property(
@@ -737,6 +824,11 @@ def _share(model: nn.Module) -> Any:
     return total, trainable, percent / 100
 
 
+def _swapped(model: nn.Module) -> Any:
+    total, trainable, percent = count_parameters(model)
+    return trainable, total, percent
+
+
 def _tensors(model: nn.Module) -> Any:
     every = list(model.parameters())
     trainable = sum(p.requires_grad for p in every)
@@ -772,7 +864,7 @@ C8 = Exercise(
         ),
         Property(
             "PCT",
-            "The percentage is 100 times trainable divided by total.",
+            "The percentage is 100 times trainable divided by total, not rounded.",
             lambda got, model: np.isclose(got[2], _counted(model)[2]),
         ),
     ),
@@ -785,6 +877,7 @@ C8 = Exercise(
         Mistake("TIED", "A weight that two modules share is one parameter; you counted it twice.", _shared_twice),
         Mistake("PCT_OF_FROZEN", "You divide by the frozen parameters; divide by the total.", _percent_of_frozen),
         Mistake("SHARE", "Per cent were asked for: 100 times the share.", _share),
+        Mistake("SWAPPED", "The order is total, trainable, per cent.", _swapped),
         Mistake("TENSORS", "You count tensors; a tensor holds p.numel() numbers.", _tensors),
         Mistake("FROZEN_LEFT_OUT", "Frozen parameters are parameters: they belong in the total.", _frozen_left_out),
     ),
@@ -836,29 +929,36 @@ def _merging_cases() -> list[Case]:
     ]
 
 
+@torch.no_grad()
 def _live(learner: Any, W: Tensor, A: Tensor, B: Tensor, s: float) -> Any:
-    """A life of the learner's object: call, merge, call, merge again, unmerge, call."""
-    layer = learner(W.clone(), A.clone(), B.clone(), s)
+    """A life of the learner's object: unmerge, call, merge, call, merge again, unmerge, call."""
+
+    def begin() -> Any:
+        return learner(W.clone(), A.clone(), B.clone(), s)
+
+    def refuses(method: Any) -> bool:
+        try:
+            method()
+        except Exception as error:
+            return isinstance(error, RuntimeError)
+        return False
+
+    layer = begin()
     if not all(callable(getattr(layer, name, None)) for name in ("merge", "unmerge", "__call__")):
         return layer
-    x = torch.randn(6, W.shape[1], dtype=A.dtype)
-    same_dtype = W.dtype == A.dtype
-    seen = SimpleNamespace(before=layer(x) if same_dtype else x)
+    x, same_dtype = torch.randn(6, W.shape[1], dtype=A.dtype), W.dtype == A.dtype
+    seen = SimpleNamespace(before=layer(x) if same_dtype else x, guards=refuses(layer.unmerge))
+    layer = begin()
     layer.merge()
     seen.W, seen.merged = layer.W.clone(), layer(x) if same_dtype else x
-    try:
-        layer.merge()
-        seen.refused = False
-    except RuntimeError:
-        seen.refused = True
+    seen.refused = refuses(layer.merge)
     seen.W_again = layer.W.clone()
     if not seen.refused:  # go on from where one merge would have left it
-        layer = learner(W.clone(), A.clone(), B.clone(), s)
+        layer = begin()
         layer.merge()
     layer.unmerge()
     seen.back, seen.after = layer.W.clone(), layer(x) if same_dtype else x
-    exact = A.double(), B.double()
-    wide = x.double() @ (W.double() + s * exact[1] @ exact[0]).T
+    wide = x.double() @ (W.double() + s * B.double() @ A.double()).T
     seen.expected = wide if same_dtype else x
     seen.sum = (W.to(A.dtype) + s * (B @ A)).to(W.dtype)
     return seen
@@ -907,6 +1007,12 @@ class _Subtracts(_Merging):
         self.W, self.kept = self.W - (self.s * (self.B @ self.A)).to(self.W.dtype), None
 
 
+class _UnmergesNothing(_Merging):
+    def unmerge(self) -> None:
+        if self.kept is not None:
+            self.W, self.kept = self.kept, None
+
+
 class _KeepsAnAlias(_Merging):
     def add(self, update: Tensor) -> None:
         self.kept = self.W
@@ -931,7 +1037,7 @@ C10 = Exercise(
     parse=traced,
     observe=lambda seen, *args: (
         *(t.double().numpy() for t in (seen.before, seen.merged, seen.W, seen.W_again, seen.back, seen.after)),
-        np.array([seen.refused, seen.W.dtype == args[0].dtype]),
+        np.array([seen.refused, seen.guards, seen.W.dtype == args[0].dtype]),
     ),
     cases=_merging_cases,
     properties=(
@@ -953,13 +1059,18 @@ C10 = Exercise(
         ),
         Property(
             "TWICE",
-            "A second merge() should raise RuntimeError and leave W alone.",
+            "A second merge() should raise RuntimeError, and W should stay as it is.",
             lambda seen, *a: seen.refused and torch.equal(seen.W, seen.W_again),
         ),
         Property(
             "ROUNDTRIP",
-            "After unmerge() W should be the old one, bit for bit.",
+            "After unmerge() W should be the old one, bit for bit. Subtracting rounds, and an alias of W changes with it.",
             lambda seen, W, *a: torch.equal(seen.back, W),
+        ),
+        Property(
+            "UNMERGE_GUARD",
+            "unmerge() of what is not merged should raise RuntimeError.",
+            lambda seen, *a: seen.guards,
         ),
         Property(
             "AFTER",
@@ -982,6 +1093,11 @@ C10 = Exercise(
             "ALIAS",
             "What you keep is the same tensor that you then change in place; keep a copy.",
             _KeepsAnAlias,
+        ),
+        Mistake(
+            "UNMERGE_GUARD",
+            "unmerge() of what is not merged passes in silence: the caller believes it is in another state than it is.",
+            _UnmergesNothing,
         ),
         Mistake("DTYPE", "The merged W has become wider than it was: cast the sum back.", _Widens),
     ),
@@ -1042,7 +1158,7 @@ def _adapt(learner: Any, model: nn.Module, target: str, r: int, alpha: float) ->
     with torch.no_grad():
         for p in training:
             p.normal_()
-        update, product = layer(probe) - old(probe), probe @ A.T @ B.T
+        update, product = layer(probe) - old(probe), (probe.to(A) @ A.T @ B.T).to(probe)
         seen.scale = ((update * product).sum() / product.square().sum()).item()
         seen.exact = torch.allclose(update, seen.scale * product, rtol=1e-3, atol=1e-3)
         for p, value in zip(training, start, strict=True):
