@@ -18,7 +18,7 @@ _HOME = {
     **dict.fromkeys(["save_adapter", "load_adapter", "combine"], "adapters"),
 }
 _MODULES = (
-    *("adapters", "config", "course", "figures", "functional", "inject", "layers"),
+    *("adapters", "config", "cost", "course", "figures", "functional", "inject", "lab", "layers"),
     *("lowrank", "practice", "widgets"),
 )
 

@@ -1,6 +1,7 @@
 """Save and load an adapter in peft's file format, and combine adapters.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`; peft opens it, and what peft saved opens here.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`; peft opens it, and what peft saved opens here or
+is refused by the name of the setting that is not supported.
 Only safetensors are read: nothing is ever unpickled.
 """
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_edu.config import LoRAConfig, named
-from lora_edu.inject import State, _state, add_lora, lora_parameters, remove_lora
+from lora_edu.inject import _state, _stored, add_lora, lora_parameters, remove_lora
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Fields of peft's file that change nothing in the mathematics.
@@ -52,13 +53,17 @@ OURS = {
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the adapter's tensors under peft's names: A, B, magnitudes, trained biases and whole modules."""
+    return {PREFIX + n: t.detach().to("cpu", copy=True).contiguous() for n, t in _adapter_tensors(model).items()}
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the adapter consists of: its parameters, and the stored buffers of modules that are trained whole."""
     state, _ = _state(model)
-    names = {**lora_parameters(model), **_buffers(model, state)}
-    return {PREFIX + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in names.items()}
+    return {**lora_parameters(model), **{n: t for n, t in _stored(model).items() if n in state.originals}}
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the adapter to `folder` and return it. A crash while writing leaves the old files whole.
+    """Write the adapter to `folder` and return it. An error while writing leaves the old files whole.
 
     The targets are written as the full paths that were really adapted, and what differs in a layer as patterns of
     its path.
@@ -97,10 +102,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if fresh:
         add_lora(model, _from_peft(config, model))
     try:
-        state, layers = _state(model)
+        _, layers = _state(model)
         if any(layer.merged for layer in layers.values()):
             raise RuntimeError("this LoRA is merged; unmerge_lora before loading another.")
-        mine = {**lora_parameters(model), **_buffers(model, state)}
+        mine = _adapter_tensors(model)
         _compare(mine, tensors)
         if not fresh:
             _compare_settings(model, config)
@@ -138,8 +143,9 @@ def combine(
     B = torch.cat([w * b for (_, b), w in zip(adapters, weights, strict=True)], dim=1)
     if r is None:
         return A, B
-    if not 1 <= r <= min(A.shape[1], B.shape[0]):
-        raise ValueError(f"r must lie between 1 and {min(A.shape[1], B.shape[0])}; got {r}.")
+    largest = min(*A.shape, *B.shape)
+    if not 1 <= r <= largest:
+        raise ValueError(f"r must lie between 1 and {largest}, the largest rank that the sum can have; got {r}.")
     QB, RB = torch.linalg.qr(B)
     QA, RA = torch.linalg.qr(A.t())
     U, s, Vt = torch.linalg.svd(RB @ RA.t())  # B A = QB (RB RA^T) QA^T
@@ -160,7 +166,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder}: a file is damaged or cut short: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG} does not say peft_type LORA; it is not a LoRA adapter.")
-    return config, {re.sub(r"\.default(?=\.|$)", "", key.removeprefix(PREFIX)): value for key, value in stored.items()}
+    return config, {
+        re.sub(r"(\.lora_\w+)\.default(?=\.|$)", r"\1", key.removeprefix(PREFIX)): t for key, t in stored.items()
+    }
 
 
 def _from_peft(config: dict[str, Any], model: nn.Module) -> LoRAConfig:
@@ -173,7 +181,7 @@ def _from_peft(config: dict[str, Any], model: nn.Module) -> LoRAConfig:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
         raise ValueError(
-            f"the adapter was started with init_lora_weights={start!r}, which changes the base; convert it first."
+            f"the adapter was started with init_lora_weights={start!r}, which may have changed the base; convert it first."
         )
     given = {key: config[key] for key in OURS if config.get(key) is not None}
     if "r" not in given or "lora_alpha" not in given or "target_modules" not in given:
@@ -208,13 +216,6 @@ def _to_peft(model: nn.Module) -> dict[str, Any]:
         "init_lora_weights": True,
         "modules_to_save": sorted(c.modules_to_save) or None,
     }
-
-
-def _buffers(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """The stored buffers of modules that are trained whole, such as a BatchNorm's running mean."""
-    owners = {name.rpartition(".")[0] for name in state.originals}
-    keys = model.state_dict().keys()
-    return {n: b for n, b in model.named_buffers() if n in keys and n.rpartition(".")[0] in owners}
 
 
 def _compare(mine: dict[str, Any], stored: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from operator import index
 
 BIAS = ("none", "all", "lora_only")
@@ -27,7 +28,7 @@ class LoRAConfig:
                       {pattern: value} for layers that differ; a pattern is a regular expression that the path
                       must end in, and the first that matches counts
 
-    Raises TypeError or ValueError, naming the field, for values that cannot be meant.
+    Raises TypeError or ValueError, naming the field, for values that cannot be meant. None stands for "nothing named".
 
     Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA); Liu et al. 2024, arXiv
     2402.09353 (DoRA); the fields are those of peft.LoraConfig.
@@ -46,6 +47,14 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, nothing in (
+            ("modules_to_save", ()),
+            ("exclude_modules", ()),
+            ("rank_pattern", {}),
+            ("alpha_pattern", {}),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, nothing)
         if not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or say 'all-linear'.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -54,15 +63,18 @@ class LoRAConfig:
                 _regex(name, value)
             elif isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
                 raise TypeError(f"{name} must be a list of names; got {value!r}.")
-        for pattern, rank in {"r": self.r, **self.rank_pattern}.items():
-            _rank(pattern if pattern == "r" else f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise ValueError(f"{pattern} must be a finite number; got {alpha!r}.")
         for name in (*self.rank_pattern, *self.alpha_pattern):
             _regex("a pattern", name)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability: 0 <= lora_dropout < 1; got {self.lora_dropout}.")
+        # Python's own numbers from here on: NumPy's cannot be written to the adapter's file.
+        plain = {
+            "r": whole_rank("r", self.r),
+            "lora_alpha": finite_alpha("lora_alpha", self.lora_alpha),
+            "lora_dropout": probability("lora_dropout", self.lora_dropout),
+            "rank_pattern": {k: whole_rank(f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()},
+            "alpha_pattern": {k: finite_alpha(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()},
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.bias not in BIAS:
             raise ValueError(f"bias is one of {', '.join(BIAS)}; got {self.bias!r}.")
 
@@ -94,10 +106,32 @@ def _regex(field_name: str, pattern: str) -> None:
         raise ValueError(f"{field_name}: {pattern!r} is not a regular expression: {error}.") from None
 
 
-def _rank(field_name: str, rank: int) -> None:
+def whole_rank(name: str, rank: int) -> int:
+    """`rank` as an int. Raises TypeError when it is no integer, ValueError when it is below 1."""
     try:
         whole = index(rank)
     except TypeError:
-        raise TypeError(f"{field_name} must be an integer; got {rank!r}.") from None
+        whole = None
+    if whole is None or isinstance(rank, bool):
+        raise TypeError(f"{name} must be an integer; got {rank!r}.")
     if whole < 1:
-        raise ValueError(f"{field_name} must be at least 1; got {rank}.")
+        raise ValueError(f"{name} must be at least 1; got {rank}.")
+    return whole
+
+
+def finite_alpha(name: str, alpha: float) -> float:
+    """`alpha` as a number of Python's. Raises TypeError when it is no real number, ValueError when it is not finite or 0."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"{name} must be a number; got {alpha!r}.")
+    if not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"{name} must be finite and not 0, which would switch the update off; got {alpha!r}.")
+    return int(alpha) if isinstance(alpha, Integral) else float(alpha)
+
+
+def probability(name: str, p: float) -> float:
+    """`p` as a float. Raises TypeError when it is no real number, ValueError outside 0 <= p < 1."""
+    if isinstance(p, bool) or not isinstance(p, Real):
+        raise TypeError(f"{name} must be a number; got {p!r}.")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} is a probability: 0 <= {name} < 1; got {p}.")
+    return float(p)

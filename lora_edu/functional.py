@@ -63,7 +63,7 @@ class _Fused(torch.autograd.Function):
 
 def _may_fuse(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None) -> bool:
     frozen = not (W.requires_grad or (b is not None and b.requires_grad))
-    one_dtype = x.dtype == W.dtype == A.dtype == B.dtype
+    one_dtype = x.dtype == W.dtype == A.dtype == B.dtype and x.is_floating_point()
     transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, functional grad
     return frozen and one_dtype and not transformed and not torch.is_autocast_enabled(x.device.type)
 
@@ -79,12 +79,20 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     |w + s b A|^2 = |w|^2 + 2 s (w A^T) . b + s^2 b (A A^T) . b for each row w (in,) of W and b (r,) of B: products
     with r columns, where the definition needs one of the size of W.
 
+    Rows in which W and the update almost cancel are computed as the definition says. A row is an output, as in
+    peft; the paper writes its norm over columns.
+
     Source: the norm of Liu et al. 2024 (arXiv 2402.09353), equation 5, multiplied out.
     """
     squares = torch.linalg.vector_norm(W, dim=1).square()
     cross = (W @ A.t() * B).sum(1)
     own = (B @ (A @ A.t()) * B).sum(1)
-    return (squares + 2 * s * cross + s * s * own).clamp_min(0).sqrt()
+    total = squares + 2 * s * cross + s * s * own
+    near = total < 1e-3 * (squares + s * s * own)  # almost cancelled: the sum has lost its digits
+    norm: Tensor = total.clamp_min(0).sqrt()
+    if near.any():
+        norm[near] = torch.linalg.vector_norm(W[near] + s * (B[near] @ A), dim=1)
+    return norm
 
 
 def accumulate(W: Tensor, update: Tensor) -> Tensor:

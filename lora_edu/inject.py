@@ -18,13 +18,15 @@ from lora_edu.config import LoRAConfig, ends_in, named
 from lora_edu.layers import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 
 STATE = "_lora_edu"  # where a model keeps what `remove_lora` restores
+KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv2d)
 
 
 @dataclass
 class State:
     """What a model with LoRA remembers: its configuration, the requires_grad of the base, and what is trained whole.
 
-    `originals` holds the base's values of the parameters that train without a LoRA (biases, modules_to_save).
+    `originals` holds the base's values of what trains without a LoRA: biases, and the parameters and stored buffers
+    of modules_to_save.
     """
 
     config: LoRAConfig
@@ -56,7 +58,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     At the start the model computes what it did before.
 
     Raises RuntimeError when there is a LoRA already; ValueError when a pattern matches nothing (with near names),
-    when a target cannot carry a LoRA, or is named in `modules_to_save` too. The model is unchanged then.
+    when a target cannot carry a LoRA, is used in two places, or is named in `modules_to_save` too, and when a module
+    to save shares a parameter with another. The model is unchanged then.
     """
     if lora_layers(model):
         raise RuntimeError("this model has a LoRA already; remove_lora or merge_lora first.")
@@ -68,17 +71,25 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             raise ValueError(f"the pattern {pattern!r} matches none of the adapted layers{_near(pattern, targets)}.")
     for path, layer in targets.items():
         _refuse_what_cannot_carry(model, path, layer, config)
+    for path in saved:
+        _refuse_to_train_what_is_shared(model, path)
 
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        wrapped = {path: _wrap(layer, path, config) for path, layer in targets.items()}
+    except BaseException:  # a dtype that cannot be drawn, no memory: the layers wrapped so far were frozen
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required_grad[name])
+        raise
     model.requires_grad_(False)
-    for path, layer in targets.items():
-        model.set_submodule(path, _wrap(layer, path, config))
-    whole = [f"{s}.{n}" if n else s for s in saved for n, _ in model.get_submodule(s).named_parameters()]
+    for path, layer in wrapped.items():
+        model.set_submodule(path, layer)
     originals = {}
-    for name, parameter in model.named_parameters():
-        if name in whole or _trains_as_bias(model, name, config):
-            originals[name] = parameter.detach().clone()
-            parameter.requires_grad_(True)
+    for name, tensor in _stored(model).items():
+        trains = isinstance(tensor, nn.Parameter)
+        if any(name.startswith(f"{s}.") for s in saved) or (trains and _trains_as_bias(name, config)):
+            originals[name] = tensor.detach().clone()
+            tensor.requires_grad_(trains)
     setattr(model, STATE, State(config, required_grad, originals))
     return model
 
@@ -86,13 +97,14 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def remove_lora(model: nn.Module) -> nn.Module:
     """Take the LoRA out: the base again, bit for bit, each parameter with its own requires_grad. Returns the model.
 
+    Buffers outside modules_to_save, such as a BatchNorm's running mean, are the model's own and stay as they are.
     Raises RuntimeError when there is none.
     """
     state, layers = _state(model)
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()
-    _swap(model, state.originals)
+    _put(model, state.originals)
     for path, layer in layers.items():
         model.set_submodule(path, layer.base_layer)
     delattr(model, STATE)
@@ -104,17 +116,18 @@ def remove_lora(model: nn.Module) -> nn.Module:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Merge every LoRA into its base weight. The layers stay, so that `unmerge_lora` can take it out again.
 
+    A merged model's state_dict holds the merged weights beside A and B: save the adapter, or unmerge first.
+
     Raises RuntimeError when anything is merged already, ValueError when a weight is shared with another module
-    (merging would change that one too) or a result is not finite. Nothing is changed then.
+    (merging would change that one too) or a result is not finite. Nothing is changed then. A weight that a forward
+    reads by hand, as in F.linear(h, embedding.weight), is shared in a way that cannot be seen from here.
     """
     _, layers = _state(model)
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("this LoRA is merged already; merging again would add the update twice.")
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), []).append(name)
+    owners = _owners(model)
     for path, layer in layers.items():
-        if len(shared := owners[layer.weight.data_ptr()]) > 1:
+        if len(shared := owners[_memory(layer.weight)]) > 1:
             raise ValueError(
                 f"the weight of {path!r} is shared by {', '.join(sorted(shared))}; merging would change both."
             )
@@ -128,8 +141,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def unmerge_lora(model: nn.Module) -> nn.Module:
     """Put all base weights back, bit for bit. Raises RuntimeError when not everything is merged."""
     _, layers = _state(model)
-    if not all(layer.merged for layer in layers.values()):
+    if not any(layer.merged for layer in layers.values()):
         raise RuntimeError("this LoRA is not merged; there is nothing to take out.")
+    if not all(layer.merged for layer in layers.values()):
+        raise RuntimeError("only some layers are merged, by hand; unmerge these by hand.")
     for layer in layers.values():
         layer.unmerge()
     return model
@@ -137,22 +152,28 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model for the length of a `with` block, bit for bit; afterwards, also after an error, as before."""
+    """The base model for the length of a `with` block, bit for bit; afterwards, also after an error, as before.
+
+    A forward pass from before the block can still be differentiated after it.
+    """
     state, layers = _state(model)
     merged = [layer for layer in layers.values() if layer.merged]
-    trained = {name: model.get_parameter(name).detach().clone() for name in state.originals}
+    stored = _stored(model)
+    trained = {name: stored[name].data for name in state.originals}
     enabled = {layer: layer.enabled for layer in layers.values()}
     try:
         for layer in merged:
             layer.unmerge()
         for layer in layers.values():
             layer.enabled = False
-        _swap(model, state.originals)
+        for name, original in state.originals.items():  # other memory, so that autograd's saved tensors stay valid
+            stored[name].data = original.clone()
         yield model
     finally:
         for layer, was in enabled.items():
             layer.enabled = was
-        _swap(model, trained)
+        for name, value in trained.items():
+            stored[name].data = value
         for layer in merged:
             layer.merge()
 
@@ -187,7 +208,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
 
 def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """The modules to adapt, by path. Every pattern must match something."""
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
     if config.target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found: dict[str, nn.Module] = {
@@ -201,7 +222,15 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     for pattern in patterns:
         if not any(named(pattern, path) for path in modules):
             text = pattern if isinstance(pattern, str) else pattern[0]
-            raise ValueError(f"the target {text!r} matches no module{_near(text, modules)}.")
+            way = (
+                " (a string is a regular expression for the whole path; names go in a list)" if text == pattern else ""
+            )
+            raise ValueError(f"the target {text!r} matches no module{way}{_near(text, modules)}.")
+    excluded = config.exclude_modules
+    for pattern in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
+        if pattern and not any(named(pattern, path) for path in modules):
+            text = pattern if isinstance(pattern, str) else pattern[0]
+            raise ValueError(f"exclude_modules: {text!r} matches no module{_near(text, modules)}.")
     saved = _saved(model, config)
     found = {
         path: module
@@ -211,7 +240,21 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     }
     if not found:
         raise ValueError("no module is left to adapt: target_modules and exclude_modules together match nothing.")
-    return found
+    return _once(model, found)
+
+
+def _once(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Each module under one path. Refuses a module that sits in two places, of which a LoRA would reach only one."""
+    places: dict[int, set[tuple[int, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), set()).add((id(parent), name))
+    kept: dict[int, str] = {}
+    for path, module in found.items():
+        if len(places[id(module)]) > 1:
+            raise ValueError(f"{path!r} is one module in two places, of which a LoRA would reach only one.")
+        kept.setdefault(id(module), path)  # the same place again: an outer module is shared
+    return {path: found[path] for path in kept.values()}
 
 
 def _saved(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -231,22 +274,46 @@ def _near(text: str, paths: Any) -> str:
 
 def _refuse_what_cannot_carry(model: nn.Module, path: str, layer: nn.Module, config: LoRAConfig) -> None:
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         raise ValueError(
-            f"{path!r}: nn.MultiheadAttention reads this weight directly, so a LoRA on it would do nothing."
+            f"{path!r}: nn.{type(parent).__name__} reads this weight directly, so a LoRA on it would do nothing; "
+            "leave it out (exclude_modules)."
         )
-    if not isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d)):
+    kind = next((kind for kind in KINDS if isinstance(layer, kind.base_type)), None)
+    if kind is None:
         raise ValueError(f"{path!r} is a {type(layer).__name__}; a LoRA goes on nn.Linear, nn.Embedding and nn.Conv2d.")
-    if config.use_dora and not isinstance(layer, nn.Linear):
-        raise ValueError(f"{path!r} is an nn.{type(layer).__name__}; DoRA is for nn.Linear here.")
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise ValueError(
-            f"{path!r}: an embedding with max_norm rewrites its weights in forward and cannot carry a LoRA."
-        )
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        raise ValueError(
-            f"{path!r}: a convolution with groups={layer.groups} cannot carry this LoRA; groups must be 1."
-        )
+    if reason := kind.obstacle(layer):
+        raise ValueError(f"{path!r} {reason}; it cannot carry a LoRA.")
+    if config.use_dora:
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{path!r} is an nn.{type(layer).__name__}; DoRA is for nn.Linear here.")
+        if reason := LoRALinear.no_direction(layer):
+            raise ValueError(f"{path!r} {reason}.")
+
+
+def _refuse_to_train_what_is_shared(model: nn.Module, path: str) -> None:
+    """A module to save must own its parameters: trained whole, a shared one would change another module too."""
+    inside = {id(module) for module in model.get_submodule(path).modules()}
+    for module in model.modules():
+        for parameter in module._parameters.values() if id(module) not in inside else ():
+            if any(parameter is own for own in model.get_submodule(path).parameters()):
+                raise ValueError(
+                    f"modules_to_save: {path!r} shares a parameter with another module, which would train too."
+                )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """For each piece of memory that parameters lie in, the names of those parameters, a shared module's once."""
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), set()).add(f"{path}.{leaf}" if path else leaf)
+    return owners
 
 
 def _wrap(layer: nn.Module, path: str, config: LoRAConfig) -> LoRALayer:
@@ -259,7 +326,7 @@ def _wrap(layer: nn.Module, path: str, config: LoRAConfig) -> LoRALayer:
     return LoRAConv2d(layer, r, alpha, config.lora_dropout, rs)
 
 
-def _trains_as_bias(model: nn.Module, name: str, config: LoRAConfig) -> bool:
+def _trains_as_bias(name: str, config: LoRAConfig) -> bool:
     path, _, leaf = name.rpartition(".")
     if config.bias == "none" or leaf != "bias":
         return False
@@ -273,7 +340,14 @@ def _state(model: nn.Module) -> tuple[State, dict[str, LoRALayer]]:
     return state, lora_layers(model)
 
 
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and the stored buffers by name."""
+    keys = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in keys}}
+
+
 @torch.no_grad()
-def _swap(model: nn.Module, values: dict[str, Tensor]) -> None:
+def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
+    stored = _stored(model)
     for name, value in values.items():
-        model.get_parameter(name).copy_(value)
+        stored[name].copy_(value)

@@ -7,13 +7,13 @@ learned here is what one types at work, and an adapter file needs nothing but a 
 from __future__ import annotations
 
 import math
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_edu.config import finite_alpha, probability, whole_rank
 from lora_edu.functional import accumulate, delta, dora_norm, lora_linear
 
 
@@ -24,10 +24,20 @@ class LoRALayer(nn.Module):
     The base keeps its train or eval mode, and so does this layer.
 
     Raises TypeError for a base of another kind or a rank that is not an integer, ValueError for r < 1, an alpha
-    that is not finite, or a dropout outside [0, 1); the base layer is untouched then.
+    that is not finite, a dropout outside [0, 1), or a base that `obstacle` names; the base layer is untouched then.
     """
 
     base_type: type[nn.Module]
+
+    @classmethod
+    def obstacle(cls, base_layer: nn.Module) -> str:
+        """Why this base layer cannot carry a LoRA, as the rest of a sentence; empty when it can."""
+        if type(base_layer).forward is not cls.base_type.forward:
+            return f"has a forward of its own ({type(base_layer).__name__}), which its weight alone does not describe"
+        weight = base_layer._parameters.get("weight")
+        if weight is None or isinstance(weight, nn.UninitializedParameter):
+            return "has no plain weight: it is computed (pruned, normalised) or not there yet"
+        return "" if weight.is_floating_point() else f"has a weight of {weight.dtype}, which cannot be added to"
 
     def __init__(
         self,
@@ -41,16 +51,10 @@ class LoRALayer(nn.Module):
             raise TypeError(
                 f"{type(self).__name__} wraps an nn.{self.base_type.__name__}; got {type(base_layer).__name__}."
             )
-        try:
-            index(r)
-        except TypeError:
-            raise TypeError(f"the rank r must be an integer; got {r!r}.") from None
-        if r < 1:
-            raise ValueError(f"the rank r must be at least 1; got {r}.")
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha must be finite; got {lora_alpha}.")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability: 0 <= lora_dropout < 1; got {lora_dropout}.")
+        if reason := self.obstacle(base_layer):
+            raise ValueError(f"this layer {reason}.")
+        r, lora_alpha = whole_rank("the rank r", r), finite_alpha("lora_alpha", lora_alpha)
+        lora_dropout = probability("lora_dropout", lora_dropout)
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
@@ -95,7 +99,8 @@ class LoRALayer(nn.Module):
     def merge(self, weight: Tensor | None = None) -> None:
         """W <- W + update. The size of W does not change; the extra products per call are gone.
 
-        Keeps the old W, so that `unmerge` restores it bit for bit. Raises RuntimeError when merged already and
+        Keeps the old W, so that `unmerge` restores it bit for bit. Whoever shares W sees the change; `merge_lora` looks
+        for such modules, this method does not. Raises RuntimeError when merged already and
         ValueError when the result is not finite; W is untouched then. `weight` is `merged_weight()`, if at hand.
         """
         if self.merged:
@@ -126,7 +131,9 @@ class LoRALinear(LoRALayer):
     does. Dropout acts on the input of A, in training only, and never on the frozen path.
 
     With use_dora, y = (m / |W + s B A|) (W x + s B A x) + b, where m = lora_magnitude_vector (out,) is trained and
-    starts as the length of every row of W; the norm, of every row, counts as a constant in the backward pass.
+    starts as the length of every row of W; the norm, of every row, counts as a constant in the backward pass. It starts
+    as the base up to rounding. As in peft, its dropout also touches what m changes of W x. A row of zeros has no
+    direction and is refused.
 
     Source: Hu et al. 2021, section 4.1; the start is that of loralib and peft (Kaiming uniform with a = sqrt 5),
     where the paper says Gaussian. DoRA: Liu et al. 2024, equation 5 and section 4.3.
@@ -144,6 +151,8 @@ class LoRALinear(LoRALayer):
         use_rslora: bool = False,
         use_dora: bool = False,
     ) -> None:
+        if use_dora and isinstance(base_layer, nn.Linear) and (reason := self.no_direction(base_layer)):
+            raise ValueError(f"this layer {reason}.")
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
         like = self._like_weight()
         # Drawn in this order, one seed gives peft's start.
@@ -153,25 +162,38 @@ class LoRALinear(LoRALayer):
         nn.init.zeros_(self.lora_B.weight)
         self.lora_magnitude_vector: nn.Parameter | None = None
         if use_dora:
-            length = torch.linalg.norm(self.weight.detach().to(like["dtype"]), dim=1)
-            self.lora_magnitude_vector = nn.Parameter(length)
+            self.lora_magnitude_vector = nn.Parameter(self._norm())
         self.train(base_layer.training)
+
+    @staticmethod
+    def no_direction(base_layer: nn.Linear) -> str:
+        """Why DoRA cannot start from this layer, as the rest of a sentence; empty when it can."""
+        zeros = (base_layer.weight == 0).all(1).nonzero().flatten()
+        return f"has a row of zeros (row {zeros[0]}), which has no direction for DoRA" if len(zeros) else ""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._plain():
             return self.base_layer(x)
+        if self.lora_magnitude_vector is not None:
+            return self._dora(x, self.lora_magnitude_vector)
         W, A, B, s, b = self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, self.base_layer.bias
         dropped = self.lora_dropout(x)
-        if self.lora_magnitude_vector is None:
-            if dropped is x:
-                return lora_linear(x, W, A, B, s, b)
-            y = self.base_layer(x)
-            return (y + s * self.lora_B(self.lora_A(dropped.to(A.dtype)))).to(y.dtype)
-        factor = (self.lora_magnitude_vector / self._norm()).to(x.dtype)
-        if dropped is x:
+        if dropped is x and not _has_hooks(self.base_layer):
+            return lora_linear(x, W, A, B, s, b)
+        y = self.base_layer(x)
+        return (y + s * self.lora_B(self.lora_A(dropped.to(A.dtype)))).to(y.dtype)
+
+    def _dora(self, x: Tensor, m: Tensor) -> Tensor:
+        W, A, B, s, b = self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, self.base_layer.bias
+        factor = m / self._norm()
+        dropped = self.lora_dropout(x)
+        if dropped is x and x.dtype == A.dtype and not _has_hooks(self.base_layer):
             y = factor * lora_linear(x, W, A, B, s)
             return y if b is None else y + b
-        return self.base_layer(x) + factor * lora_linear(dropped, W, A, B, s) - F.linear(dropped, W)
+        # In the dtype of A, rounded once: in bfloat16 the factor itself would be rounded to 1.
+        y, through = self.base_layer(x), F.linear(dropped, W).to(A.dtype)
+        update = s * self.lora_B(self.lora_A(dropped.to(A.dtype)))
+        return (y + (factor - 1) * through + factor * update).to(y.dtype)
 
     def _norm(self) -> Tensor:
         A = self.lora_A.weight
@@ -187,6 +209,11 @@ class LoRALinear(LoRALayer):
         return (self.lora_magnitude_vector / self._norm())[:, None] * (W + update) - W
 
 
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether calling `layer` does more than its formula; the fused products never call it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 class LoRAEmbedding(LoRALayer):
     """y = W[ids] + s (B A)^T[ids]: row i of the table gets s B A[:, i].
 
@@ -199,9 +226,13 @@ class LoRAEmbedding(LoRALayer):
     base_type = nn.Embedding
     base_layer: nn.Embedding
 
-    def __init__(self, base_layer: nn.Embedding, r: int, lora_alpha: float, use_rslora: bool = False) -> None:
+    @classmethod
+    def obstacle(cls, base_layer: nn.Module) -> str:
         if getattr(base_layer, "max_norm", None) is not None:
-            raise ValueError("an embedding with max_norm rewrites its weights in forward and cannot carry a LoRA.")
+            return "has a max_norm, so it rewrites its weight while it is read"
+        return super().obstacle(base_layer)
+
+    def __init__(self, base_layer: nn.Embedding, r: int, lora_alpha: float, use_rslora: bool = False) -> None:
         super().__init__(base_layer, r, lora_alpha, use_rslora=use_rslora)
         like = self._like_weight()
         # Drawn twice, as in peft, so that one seed gives its start.
@@ -236,11 +267,15 @@ class LoRAConv2d(LoRALayer):
     base_type = nn.Conv2d
     base_layer: nn.Conv2d
 
+    @classmethod
+    def obstacle(cls, base_layer: nn.Module) -> str:
+        if (groups := getattr(base_layer, "groups", 1)) != 1:
+            return f"is a convolution with groups={groups}; groups must be 1"
+        return super().obstacle(base_layer)
+
     def __init__(
         self, base_layer: nn.Conv2d, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False
     ) -> None:
-        if getattr(base_layer, "groups", 1) != 1:
-            raise ValueError(f"a convolution with groups={base_layer.groups} cannot carry this LoRA; groups must be 1.")
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
         like, c = self._like_weight(), base_layer
         self.lora_A = nn.Conv2d(

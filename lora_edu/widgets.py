@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_edu import figures, lowrank
+from lora_edu import cost, figures, lowrank
 
 
 class Explorer(ipw.VBox):  # type: ignore[misc]
@@ -51,7 +51,7 @@ def rank_slider(image: ArrayLike, start: int = 20) -> Explorer:
         return data
 
     def tag(k: int) -> str:
-        return f'<img alt="The image at rank {k}" src="data:image/png;base64,{b64encode(draw(k)).decode()}">'
+        return _img(draw(k), f"The image at rank {k}")
 
     slider = ipw.IntSlider(value=start, min=1, max=min(m, n), description="rank", continuous_update=False)
     label, picture = ipw.HTML(value=words(start)), ipw.HTML(value=tag(start))
@@ -62,3 +62,66 @@ def rank_slider(image: ArrayLike, start: int = 20) -> Explorer:
 
     slider.observe(update, names="value")
     return Explorer([slider, label, picture], draw(start), f"A rank slider over the image, standing at {words(start)}.")
+
+
+def cost_calculator() -> Explorer:
+    """What a LoRA trains, stores and needs in memory, for a choice of model, rank, targets and recipe.
+
+    Beside it stands full fine-tuning in mixed precision. Activations are left out: they depend on the batch.
+    """
+    model = ipw.Dropdown(options=list(cost.SHAPES), value="Llama-2-7B", description="model")
+    rank = ipw.SelectionSlider(options=[2**k for k in range(9)], value=16, description="rank", continuous_update=False)
+    targets = ipw.Dropdown(options=list(cost.GROUPS), value="all-linear", description="targets")
+    recipes = [name for name, recipe in cost.RECIPES.items() if recipe.frozen is not None]
+    recipe = ipw.Dropdown(options=recipes, value="LoRA, bf16 base", description="recipe")
+
+    def numbers() -> tuple[int, int, dict[str, cost.Memory]]:
+        """Parameters of the base and of the adapter, and the memory of the two recipes."""
+        shape, four_bit = cost.SHAPES[model.value], cost.RECIPES[recipe.value].linear is not None
+        base, adapter = cost.parameters(shape), cost.lora_parameters(shape, rank.value, targets.value)
+        lora = cost.training_memory(recipe.value, base, adapter, cost.linear_weights(shape) if four_bit else 0)
+        return base, adapter, {recipe.value: lora, "full, mixed": cost.training_memory("full, mixed", base)}
+
+    def words() -> str:
+        base, adapter, memory = numbers()
+        lora, full = (each.total / 1e9 for each in memory.values())
+        megabytes = cost.adapter_bytes(adapter, int(cost.RECIPES[recipe.value].weight)) / 1e6
+        return (
+            f"{model.value}, rank {rank.value} on {targets.value}, {recipe.value}: trains {adapter:,} of "
+            f"{base + adapter:,} parameters ({100 * adapter / (base + adapter):.4f} %), stores {megabytes:,.1f} MB, "
+            f"takes {lora:,.1f} GB of memory where full fine-tuning takes {full:,.1f} GB, before activations"
+        )
+
+    def draw() -> bytes:
+        fig, ax = plt.subplots(figsize=(7.0, 2.2))
+        _, _, memory = numbers()
+        left = np.zeros(len(memory))
+        for part, color, hatch in (("weights", "sky", ""), ("gradients", "orange", "//"), ("optimizer", "green", "..")):
+            sizes = np.array([getattr(each, part) / 1e9 for each in memory.values()])
+            ax.barh(list(memory), sizes, left=left, label=part, color=figures.COLORS[color], hatch=hatch)
+            left += sizes
+        for y, total in enumerate(left):
+            ax.text(total, y, f" {total:,.1f}", va="center")
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.set(title=f"Training {model.value}, before activations", xlabel="GB", ylabel="recipe")
+        ax.legend()
+        data = figures.png(fig)
+        plt.close(fig)
+        return data
+
+    label, picture = ipw.HTML(), ipw.HTML()
+
+    def update(change: Any = None) -> None:
+        label.value = words()
+        picture.value = _img(draw(), f"Bars of training memory: {words()}")
+
+    controls = [model, rank, targets, recipe]
+    for control in controls:
+        control.observe(update, names="value")
+    update()
+    return Explorer([*controls, label, picture], draw(), f"A calculator of what LoRA costs, standing at {words()}.")
+
+
+def _img(png: bytes, alt: str) -> str:
+    return f'<img alt="{alt}" src="data:image/png;base64,{b64encode(png).decode()}">'

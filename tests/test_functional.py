@@ -113,6 +113,15 @@ def test_doras_norm_is_the_length_of_every_row(d_in: int, d_out: int, r: int, s:
     torch.testing.assert_close(dora_norm(W, A, B, s), direct, rtol=1e-6, atol=1e-6)
 
 
+def test_doras_norm_keeps_its_digits_where_a_row_almost_cancels() -> None:
+    torch.manual_seed(0)
+    W = torch.randn(5, 7)
+    U, s, Vt = torch.linalg.svd(W, full_matrices=False)
+    A, B = Vt, -(1 - 1e-4) * U * s  # W + B A is about 1e-4 W
+    direct = torch.linalg.norm((W.double() + B.double() @ A.double()), dim=1).float()
+    torch.testing.assert_close(dora_norm(W, A, B, 1.0), direct, rtol=1e-2, atol=0)
+
+
 def test_doras_norm_of_a_row_that_cancels_is_zero_and_not_nan() -> None:
     W, A, B = torch.eye(3), torch.eye(3), -torch.eye(3)
     assert torch.equal(dora_norm(W, A, B, 1.0), torch.zeros(3))

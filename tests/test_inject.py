@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 from lora_edu import (  # noqa: E402
     LoRAConfig,
@@ -218,6 +219,11 @@ def test_a_nan_in_the_last_layer_keeps_the_first_unmerged() -> None:
     assert not model.q_proj.merged
 
 
+class Half(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(x)
+
+
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -227,6 +233,14 @@ class Odd(nn.Module):
         self.act = nn.ReLU()
         self.q_proj = nn.Linear(8, 8)
         self.conv = nn.Conv2d(1, 1, 1)
+        self.half = Half(8, 8)
+        self.pruned = prune.identity(nn.Linear(8, 8), "weight")
+        self.zero_row = nn.Linear(8, 8)
+        self.zero_row.weight.data[3] = 0
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8)
+        self.shared = self.again = nn.Linear(8, 8)
+        self.emb, self.tied = nn.Embedding(5, 8), nn.Linear(8, 5, bias=False)
+        self.tied.weight = self.emb.weight
 
 
 @pytest.mark.parametrize(
@@ -240,6 +254,14 @@ class Odd(nn.Module):
         ({"target_modules": ["grouped"]}, "groups=2"),
         ({"target_modules": ["bounded"]}, "max_norm"),
         ({"target_modules": ["conv"], "use_dora": True}, "DoRA is for nn.Linear"),
+        ({"target_modules": ["half"]}, r"'half' has a forward of its own \(Half\)"),
+        ({"target_modules": ["pruned"]}, "'pruned' has no plain weight"),
+        ({"target_modules": ["q_proj", "zero_row"], "use_dora": True}, r"a row of zeros \(row 3\)"),
+        ({"target_modules": ["linear1"]}, "nn.TransformerEncoderLayer reads this weight directly"),
+        ({"target_modules": ["again"]}, "one module in two places"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["tied"]}, "'tied' shares a parameter with another module"),
+        ({"target_modules": "q_proj2"}, "names go in a list"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["haed"]}, "exclude_modules: 'haed' matches no module"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module is left"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "pattern 'k_proj' matches none"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["haed"]}, "modules_to_save: 'haed' matches no module"),
@@ -265,7 +287,11 @@ def test_a_model_without_lora_is_told_so(call: Any) -> None:
     [
         ({"r": 0}, ValueError, "r must be at least 1; got 0"),
         ({"r": 2.0}, TypeError, "r must be an integer; got 2.0"),
-        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be a finite number"),
+        ({"r": True}, TypeError, "r must be an integer; got True"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be finite and not 0"),
+        ({"lora_alpha": 0}, ValueError, "would switch the update off; got 0"),
+        ({"lora_alpha": "8"}, TypeError, "lora_alpha must be a number; got '8'"),
+        ({"lora_dropout": "0.1"}, TypeError, "lora_dropout must be a number"),
         ({"lora_dropout": 1.0}, ValueError, "0 <= lora_dropout < 1"),
         ({"bias": "some"}, ValueError, "bias is one of none, all, lora_only"),
         ({"target_modules": []}, ValueError, "target_modules is empty"),
@@ -281,6 +307,63 @@ def test_a_configuration_that_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         LoRAConfig(**{"target_modules": ["q_proj"], **options})
+
+
+def test_a_layer_that_has_no_weight_yet_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"'1' has .*not there yet"):
+        add_lora(model, LoRAConfig("all-linear"))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_numbers_of_numpy_and_none_are_taken_as_meant() -> None:
+    np = pytest.importorskip("numpy")
+    config = LoRAConfig(["q_proj"], r=np.int64(2), lora_alpha=np.float32(4), modules_to_save=None, exclude_modules=None)
+    assert (type(config.r), type(config.lora_alpha)) == (int, float) and config.modules_to_save == ()
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base()
+    before = frozen_copy(model)
+    monkeypatch.setattr(nn.init, "zeros_", lambda *_: (_ for _ in ()).throw(NotImplementedError("no such dtype")))
+    with pytest.raises(NotImplementedError):
+        add_lora(model, LoRAConfig(["emb", "q_proj", "seq_proj"]))
+    assert same(model, before)
+
+
+def test_a_hook_on_the_base_layer_is_called_with_dropout_and_without() -> None:
+    for dropout in (0.0, 0.5):
+        model = base().eval()
+        plain = model.q_proj(torch.ones(1, 8))
+        model.q_proj.register_forward_hook(lambda module, args, output: output + 1)
+        add_lora(model, LoRAConfig(["q_proj"], lora_dropout=dropout))
+        torch.testing.assert_close(model.q_proj(torch.ones(1, 8)), plain + 1)
+
+
+def test_a_pass_from_before_a_disabled_block_can_be_differentiated_after_it() -> None:
+    model = add_lora(base(), LoRAConfig(["q_proj"], modules_to_save=["head"]))
+    y = model(IDS).square().sum()
+    with disabled(model):
+        reference = model(IDS)
+    y.backward()
+    assert model.head.weight.grad is not None and torch.equal(reference, base()(IDS))
+
+
+def test_a_shared_block_is_adapted_once_and_merges() -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = add_lora(nn.Sequential(block, block), LoRAConfig(["0.0"], r=2)).eval()
+    nn.init.normal_(block[0].lora_B.weight)
+    x = torch.randn(3, 4)
+    y = model(x)
+    torch.testing.assert_close(merge_lora(model)(x), y)
+
+
+def test_a_view_of_another_weight_is_shared_too() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(4, 3)})
+    model["b"].weight = nn.Parameter(model["a"].weight.data[3:])
+    add_lora(model, LoRAConfig(["b"], r=1))
+    with pytest.raises(ValueError, match=r"shared by a\.weight, b\.base_layer\.weight"):
+        merge_lora(model)
 
 
 def test_a_deepcopy_and_a_pickle_keep_the_lora() -> None:

@@ -115,6 +115,20 @@ def test_bad_arguments_are_refused_before_the_base_is_touched(
     assert all(p.requires_grad for p in arguments[0].parameters())
 
 
+def test_doras_magnitudes_reach_a_bfloat16_output() -> None:
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(64, 64).bfloat16(), 4, 8, use_dora=True), torch.randn(200, 64).bfloat16()
+    before = layer(x)
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(1.0015)  # less than a step of bfloat16 at 1
+    assert 0.02 < (layer(x) != before).double().mean() < 0.5
+
+
+def test_dora_starts_as_the_base_bit_for_bit_without_a_bias() -> None:
+    base, x = nn.Linear(33, 17, bias=False), torch.randn(9, 33)
+    assert torch.equal(LoRALinear(base, 4, 8, use_dora=True)(x), base(x))
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_pefts_layer(seed: int, bias: bool) -> None:

@@ -21,6 +21,7 @@ from lora_edu import (  # noqa: E402
     load_adapter,
     lora_parameters,
     merge_lora,
+    remove_lora,
     save_adapter,
 )
 from lora_edu.adapters import PREFIX, adapter_state  # noqa: E402
@@ -293,7 +294,10 @@ SPOILT = {
     "shape": (lambda f: edit(f, r=3), "has shape .* in the file and .* in the model"),
     "unknown mathematics": (lambda f: edit(f, lora_bias=True), "uses lora_bias, which changes the mathematics"),
     "another field of tomorrow": (lambda f: edit(f, use_magic=1.5), "uses use_magic"),
-    "pissa": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the base"),
+    "pissa": (
+        lambda f: edit(f, init_lora_weights="pissa"),
+        "init_lora_weights='pissa', which may have changed the base",
+    ),
     "not a lora": (lambda f: edit(f, peft_type="IA3"), "does not say peft_type LORA"),
     "no rank": (lambda f: edit(f, r=None), "must state r"),
     "targets": (lambda f: edit(f, target_modules=["linn"]), "'linn' matches no module"),
@@ -333,6 +337,29 @@ def test_the_targets_are_a_list_of_paths_unless_one_is_anothers_ending(tmp_path:
     nested = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     add_lora(nested, LoRAConfig("0"))
     assert written(nested) == "0"
+
+
+def test_a_module_named_default_keeps_its_name(tmp_path: Path) -> None:
+    def nested() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"enc": nn.ModuleDict({"default": nn.Linear(3, 3)})})
+
+    saved = add_lora(nested(), LoRAConfig(["default"], r=1))
+    again = load_adapter(nested(), save_adapter(saved, tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), again.parameters(), strict=True))
+
+
+def test_a_saved_modules_buffers_travel_with_it(tmp_path: Path) -> None:
+    def normed() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    model = add_lora(normed(), LoRAConfig(["0"], r=2, modules_to_save=["1"]))
+    x = torch.randn(16, 4) + 3
+    model.train()(x)
+    again = load_adapter(normed(), save_adapter(model, tmp_path)).eval()
+    assert torch.equal(again(x), model.eval()(x))
+    assert torch.equal(remove_lora(model)(x), normed().eval()(x))
 
 
 def test_a_model_that_has_the_adapter_gets_its_values(stored: Path) -> None:
