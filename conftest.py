@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,24 @@ os.environ["LORA_EDU_HOME"] = _home.name
 APPENDICES = {"A": "real", "B": "source"}  # each in a lane of its own
 
 
+@cache
+def _missing_text() -> str:
+    """What this Python lacks of the laboratory's text, in one sentence; empty when nothing."""
+    from lora_edu.lab import corpus
+
+    return next((text.report() for text in map(corpus.load, ("manual", "code")) if not text.complete), "")
+
+
+@cache
+def _uses_the_laboratory(notebook: Path) -> bool:
+    return "lora_edu.lab" in notebook.read_text(encoding="utf-8")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        # On other text the models train to other numbers; the cells must run all the same, and their asserts hold.
+        if item.path.suffix == ".ipynb" and _uses_the_laboratory(item.path) and _missing_text():
+            item.options["check"] = False  # type: ignore[attr-defined]
         path = Path(item.nodeid.split("::")[0])
         if path.suffix == ".ipynb":
             marker = APPENDICES[path.name[0]] if path.parent.name == "appendix" else "notebooks"
@@ -31,7 +48,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The seconds that each chapter took, without the start of its kernel."""
+    """The seconds that each chapter took, without the start of its kernel, and why outputs were not compared."""
+    if _missing_text.cache_info().currsize and (gaps := _missing_text()):
+        terminalreporter.section("chapters of the laboratory ran without comparison")
+        terminalreporter.write_line(gaps)
     seconds: dict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:

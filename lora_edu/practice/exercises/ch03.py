@@ -41,6 +41,7 @@ def _forward_cases() -> list[Case]:
     return [
         Case((x, W, A, B, 3.0)),
         Case((*draw((4, 5), (3, 5), (2, 5), (3, 2)), 6.0)),
+        Case((*draw((5,), (3, 5), (2, 5), (3, 2)), 1.0)),
         Case((*draw((2, 3, 4), (6, 4), (2, 4), (6, 2)), 1.0, rng.standard_normal(6))),
         Case((*draw((7, 4), (4, 4), (4, 4), (4, 4)), 8.0, rng.standard_normal(4))),
     ]
@@ -325,6 +326,7 @@ def _use_with_dropout(learner: Any, d_in: int, d_out: int, r: int, alpha: float,
         x.grad, torch.autograd.grad(through, x)[0], rtol=1e-3, atol=1e-5
     )
     with torch.no_grad():
+        seen.axes = torch.allclose(layer(x.view(20, 20, -1)), layer(x).view(20, 20, -1), rtol=1e-3, atol=1e-4)
         expected = (alpha / r * (x.to(A) @ A.T @ B.T)).to(y)
         seen.repeats = torch.equal(layer(x), layer(x))
         seen.value = torch.allclose(layer(x) - y, expected, rtol=1e-3, atol=1e-4)
@@ -338,7 +340,7 @@ def _use_with_dropout(learner: Any, d_in: int, d_out: int, r: int, alpha: float,
         half = learner(nn.Linear(d_in, d_out).bfloat16(), r, alpha, dropout).eval()
         seen.half = half(x.bfloat16()).dtype == torch.bfloat16
     seen.booleans = [seen.start, seen.clean, seen.learns, seen.passes, seen.repeats, seen.value, seen.active]
-    seen.booleans += [seen.whole, seen.half]
+    seen.booleans += [seen.whole, seen.half, seen.axes]
     seen.numbers = [round(math.log2(seen.spread + 1e-9)), abs(seen.size - 1) < 0.05, abs(seen.share - dropout) < 0.04]
     return seen
 
@@ -448,11 +450,12 @@ C6 = Exercise(
         ),
         Property(
             "INIT_FAN_IN",
-            "A should start random and of the size of 1/sqrt(in), whatever r is: that keeps the bottleneck at the size of x.",
+            "A should start random and of the size of 1/sqrt(in), whatever r is: that keeps the bottleneck at the order of x.",
             lambda seen, *a: 0.4 < seen.spread < 2.8,
         ),
         Property("EVAL_DETERMINISTIC", "In eval mode two calls should agree.", lambda seen, *a: seen.repeats),
         Property("EVAL_VALUE", "In eval mode y should be base(x) + (alpha / r) B A x.", lambda seen, *a: seen.value),
+        Property("AXES", "x may have any number of leading axes.", lambda seen, *a: seen.axes),
         Property(
             "LEARNS", "A and B get no gradient: something cuts them off from the output.", lambda seen, *a: seen.learns
         ),
@@ -606,6 +609,8 @@ def _inject(learner: Any, model: nn.Module, targets: list[str], r: int, alpha: f
         refused=refused,
         paths=sorted(layers),
         scales={m.scaling for m in layers.values()},
+        ranks={m.r for m in layers.values()},
+        in_place=got is model,
         trainable=sorted(name for name, p in got.named_parameters() if p.requires_grad),
         trained_before=sorted(name for name, p in before.named_parameters() if p.requires_grad),
         same_start=torch.allclose(got(x), before(x)),
@@ -683,6 +688,10 @@ def _frozen_before_refusing(model: Any, targets: Any, r: int, alpha: float) -> A
     return _wrap_where(model, lambda path: path.rpartition(".")[2] in targets, r, alpha)
 
 
+def _copied(model: Any, targets: Any, r: int, alpha: float) -> Any:
+    return inject_lora(copy.deepcopy(model), targets, r, alpha)
+
+
 C7 = Exercise(
     number="C7",
     chapter="03",
@@ -696,7 +705,7 @@ C7 = Exercise(
     parse=traced,
     observe=lambda seen, *args: (
         " ".join([*seen.paths, *seen.trainable]),
-        np.array([seen.refused, seen.same_start, *sorted(seen.scales)]),
+        np.array([seen.refused, seen.same_start, seen.in_place, *sorted(seen.scales), *sorted(seen.ranks)]),
     ),
     changes_arguments=True,
     cases=_injection_cases,
@@ -712,6 +721,9 @@ C7 = Exercise(
             _unless_refused(lambda s, t, r, a: s.scales == {a / r}),
         ),
         Property(
+            "RANK", "The wrapped layers should have rank r.", _unless_refused(lambda seen, t, r, a: seen.ranks == {r})
+        ),
+        Property(
             "STILL_TRAINABLE",
             "No A and B train: who froze them?",
             _unless_refused(lambda seen, *a: any("lora_" in name for name in seen.trainable)),
@@ -722,6 +734,11 @@ C7 = Exercise(
             _unless_refused(lambda seen, *a: all("lora_" in name for name in seen.trainable)),
         ),
         Property("NOOP", "At the start the outputs should not change.", lambda seen, *a: bool(seen.same_start)),
+        Property(
+            "IN_PLACE",
+            "Change the model that was passed in, and return it: a copy of a large model is a second one in memory.",
+            lambda seen, *a: seen.in_place,
+        ),
         Property(
             "NO_REFUSAL",
             "A target that no nn.Linear is named by, or a model that has a LoRA already, should raise ValueError.",
@@ -741,6 +758,11 @@ C7 = Exercise(
         ),
         Mistake("FROZEN_REST", "The layers without LoRA still train; freeze the whole model first.", _rest_trains),
         Mistake("STILL_TRAINABLE", "You freeze after wrapping, and so A and B too.", _adapters_frozen),
+        Mistake(
+            "IN_PLACE",
+            "You return a changed copy. Change the model that was passed in: a copy of a large model is a second one in memory.",
+            _copied,
+        ),
         Mistake("FIRST_ONLY", "Only the first layer with the name is wrapped; every block has one.", _first_only),
         Mistake(
             "SILENT_NO_MATCH",
@@ -948,7 +970,8 @@ def _live(learner: Any, W: Tensor, A: Tensor, B: Tensor, s: float) -> Any:
         return layer
     x, same_dtype = torch.randn(6, W.shape[1], dtype=A.dtype), W.dtype == A.dtype
     seen = SimpleNamespace(before=layer(x) if same_dtype else x, guards=refuses(layer.unmerge))
-    layer = begin()
+    mine = W.clone()
+    layer = learner(mine, A.clone(), B.clone(), s)
     layer.merge()
     seen.W, seen.merged = layer.W.clone(), layer(x) if same_dtype else x
     seen.refused = refuses(layer.merge)
@@ -958,6 +981,8 @@ def _live(learner: Any, W: Tensor, A: Tensor, B: Tensor, s: float) -> Any:
         layer.merge()
     layer.unmerge()
     seen.back, seen.after = layer.W.clone(), layer(x) if same_dtype else x
+    layer.merge()
+    seen.W_later, seen.callers = layer.W.clone(), torch.equal(mine, W)
     wide = x.double() @ (W.double() + s * B.double() @ A.double()).T
     seen.expected = wide if same_dtype else x
     seen.sum = (W.to(A.dtype) + s * (B @ A)).to(W.dtype)
@@ -1038,6 +1063,7 @@ C10 = Exercise(
     observe=lambda seen, *args: (
         *(t.double().numpy() for t in (seen.before, seen.merged, seen.W, seen.W_again, seen.back, seen.after)),
         np.array([seen.refused, seen.guards, seen.W.dtype == args[0].dtype]),
+        seen.W_later.double().numpy(),
     ),
     cases=_merging_cases,
     properties=(
@@ -1066,6 +1092,11 @@ C10 = Exercise(
             "ROUNDTRIP",
             "After unmerge() W should be the old one, bit for bit. Subtracting rounds, and an alias of W changes with it.",
             lambda seen, W, *a: torch.equal(seen.back, W),
+        ),
+        Property(
+            "LATER",
+            "After unmerge() it should be possible to merge again.",
+            lambda seen, *a: _near(seen.W_later, seen.sum),
         ),
         Property(
             "UNMERGE_GUARD",
@@ -1148,6 +1179,9 @@ def _adapt(learner: Any, model: nn.Module, target: str, r: int, alpha: float) ->
         scale=float("nan"),
         frozen=True,
         learns=False,
+        passes=False,
+        in_place=got is model,
+        axes=torch.allclose(got(x.view(8, 8, -1)), got(x).view(8, 8, -1), atol=1e-5),
     )
     A = next((p if p.shape == (r, d_in) else p.T for p in training if sorted(p.shape) == sorted((r, d_in))), None)
     B = next((p if p.shape == (d_out, r) else p.T for p in training if sorted(p.shape) == sorted((d_out, r))), None)
@@ -1163,6 +1197,10 @@ def _adapt(learner: Any, model: nn.Module, target: str, r: int, alpha: float) ->
         seen.exact = torch.allclose(update, seen.scale * product, rtol=1e-3, atol=1e-3)
         for p, value in zip(training, start, strict=True):
             p.copy_(value)
+    probe.requires_grad_()
+    through, straight = layer(probe).square().sum(), old(probe).square().sum()  # equal at the start
+    slopes = torch.autograd.grad(through, probe, allow_unused=True)[0], torch.autograd.grad(straight, probe)[0]
+    seen.passes = slopes[0] is not None and torch.allclose(*slopes, rtol=1e-3, atol=1e-4)
     goal = base(x).detach() + 0.5 * torch.randn(64, base(x).shape[1])
     losses = []
     for _ in range(60):  # steps of one size, so that the scale of the layer does not matter
@@ -1231,6 +1269,17 @@ def _both_random(model: Any, target_layer: str, r: int = 8, alpha: float = 16) -
     return _put(model, target_layer, lambda layer: _Added(layer, r, alpha / r, start_B=1.0))
 
 
+class _Cut(_Added):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.base(x)
+        return y + self.s * (x @ self.A.T @ self.B.T)
+
+
+def _base_without_signal(model: Any, target_layer: str, r: int = 8, alpha: float = 16) -> Any:
+    return _put(model, target_layer, lambda layer: _Cut(layer, r, alpha / r))
+
+
 def _only_the_layer(model: Any, target_layer: str, r: int = 8, alpha: float = 16) -> Any:
     return lora_adaptation(model, target_layer, r, alpha).get_submodule(target_layer)
 
@@ -1248,7 +1297,7 @@ C4 = Exercise(
     parse=traced,
     observe=lambda seen, *args: (
         " ".join(map(str, seen.shapes)),
-        np.array([seen.children, seen.start, seen.frozen, seen.learns]),
+        np.array([seen.children, seen.start, seen.frozen, seen.learns, seen.passes, seen.in_place, seen.axes]),
         np.array(0.0 if np.isnan(seen.scale) else seen.scale),
     ),
     changes_arguments=True,
@@ -1281,6 +1330,13 @@ C4 = Exercise(
             "With A and B at random the layer should add (alpha / r) B A x.",
             lambda seen, model, target, r, alpha: seen.exact and np.isclose(seen.scale, alpha / r, rtol=1e-3),
         ),
+        Property("AXES", "x may have any number of leading axes.", lambda seen, *a: seen.axes),
+        Property(
+            "SIGNAL",
+            "The gradient of x lacks the part through W: frozen stops the update of W, not the signal through it.",
+            lambda seen, *a: seen.passes,
+        ),
+        Property("IN_PLACE", "Change the model that was passed in, and return it.", lambda seen, *a: seen.in_place),
         Property("BASE_FROZEN", "Training changed a frozen number.", lambda seen, *a: seen.frozen),
         Property("LEARNS", "Sixty steps of training did not lower the loss.", lambda seen, *a: seen.learns),
     ),
@@ -1298,6 +1354,11 @@ C4 = Exercise(
             "BOTH_ZERO",
             "A and B both start at zero: each gradient is multiplied by the other factor, so nothing ever moves.",
             _both_zero,
+        ),
+        Mistake(
+            "SIGNAL",
+            "The base layer runs under no_grad: frozen stops the update of W, not the signal through it to earlier layers.",
+            _base_without_signal,
         ),
         Mistake(
             "BOTH_RANDOM",
