@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections import defaultdict
 from functools import cache
@@ -31,7 +32,7 @@ def _missing_text() -> str:
 
 @cache
 def _uses_the_laboratory(notebook: Path) -> bool:
-    return "lora_edu.lab" in notebook.read_text(encoding="utf-8")
+    return re.search(r"\blab\.\w", notebook.read_text(encoding="utf-8")) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,9 @@ EXERCISES = load()
 
 # Cells whose output is stored but not compared, with the reason that the cell itself states.
 EXCUSED = {
+    "02_the_change_survives_the_cut.ipynb": [
+        "samples from a model trained here: one rounding can change a letter and all that follow"
+    ],
     "01_low_rank_approximation.ipynb": ["prints times, which are the machine's own"],
 }
 # Chapters that are still growing, and the number of exercises that they have so far; the others have two to seven.
