@@ -226,7 +226,7 @@ def test_a_changed_missing_or_undescribed_base_is_refused(tmp_path: Path, monkey
     with pytest.raises(ValueError, match=r"^base.safetensors is not the base model that base.json describes; restore"):
         load_base()
     monkeypatch.setattr(model, "PROVENANCE", tmp_path / "base.json")
-    with pytest.raises(ValueError, match="base.json, which describes the base model, cannot be read"):
+    with pytest.raises(ValueError, match=r"base\.json, which describes the base model, cannot be read"):
         load_base()
 
 
