@@ -43,7 +43,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
-        return linear(x, W, b).addmm_(x @ A.t(), B.t(), alpha=s)
+        return linear(x, W, b).addmm_(torch.mm(x, A.t()), B.t(), alpha=s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -51,13 +51,12 @@ class _Fused(torch.autograd.Function):
         needs_x, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         dB = None
         if needs_B:
-            z = (x @ A.t()).mul_(ctx.s)  # computed again: a stored z would give wrong second derivatives
-            # Over many tokens z^T g is the faster product; over few its transposed copy costs more than it saves.
-            dB = (z.t() @ g).t() if len(x) > 8 * len(A) else g.t() @ z
+            z = torch.mm(x, A.t())  # computed again: a stored z would give wrong second derivatives
+            dB = torch.mm(z.t(), g).mul_(ctx.s).t()  # z^T g is a faster product than g^T z
             del z  # freed before dz is made: the peak is lower
-        dz = (g @ B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
-        dA = dz.t() @ x if needs_A else None
-        dx = (g @ W).addmm_(dz, A) if needs_x else None
+        dz = torch.mm(g, B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
+        dA = torch.mm(dz.t(), x) if needs_A else None
+        dx = torch.mm(g, W).addmm_(dz, A) if needs_x else None
         return dx, None, dA, dB, None, None
 
 

@@ -188,8 +188,8 @@ class LoRALinear(LoRALayer):
         factor = m / self._norm()
         dropped = self.lora_dropout(x)
         if dropped is x and x.dtype == A.dtype and not _has_hooks(self.base_layer):
-            y = factor * lora_linear(x, W, A, B, s)
-            return y if b is None else y + b
+            y = lora_linear(x, W, A, B, s)
+            return factor * y if b is None else torch.addcmul(b, factor, y)
         # In the dtype of A, rounded once: in bfloat16 the factor itself would be rounded to 1.
         y, through = self.base_layer(x), F.linear(dropped, W).to(A.dtype)
         update = s * self.lora_B(self.lora_A(dropped.to(A.dtype)))

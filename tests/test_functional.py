@@ -59,7 +59,7 @@ def test_fused_is_plain_for_every_shape(lead: list[int], d_in: int, d_out: int, 
     assert lora_linear(*args).shape == (*lead, d_out)
 
 
-@pytest.mark.parametrize("tokens", [3, 20])  # dB is computed in two ways
+@pytest.mark.parametrize("tokens", [3, 20])
 def test_first_and_second_derivatives(tokens: int, fused_calls: list[int]) -> None:
     args = factors((tokens, 3), 4, 2)
     assert torch.autograd.gradcheck(lora_linear, args) and torch.autograd.gradgradcheck(lora_linear, args)

@@ -142,12 +142,13 @@ def test_it_is_pefts_layer(seed: int, bias: bool) -> None:
     theirs = peft.get_peft_model(base(), peft.LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
     twin = theirs.base_model.model[0]
     assert torch.equal(ours[0].lora_A.weight, twin.lora_A["default"].weight), "one seed, one start"
-    x = torch.randn(16, 9)
+    x = torch.randn(16, 9, dtype=torch.float64)  # float64: no room for a near miss
+    ours.double(), theirs.double()
     steps = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2) for m in (ours, theirs)]
     for _ in range(30):
         for model, optimizer in zip((ours, theirs), steps, strict=True):
             optimizer.zero_grad()
             (model(x) - 1).square().mean().backward()
             optimizer.step()
-        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours[0].delta(), twin.get_delta_weight("default"), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours[0].delta(), twin.get_delta_weight("default"), rtol=0, atol=1e-12)
