@@ -303,16 +303,16 @@ def adapter_bytes(trained: int, itemsize: int = 4) -> int:
     return itemsize * trained
 
 
-def saved_by_linear(tokens: int, n: int, r: int = 0, trains: bool = False, recompute: bool = False) -> int:
+def saved_by_linear(tokens: int, n: int, r: int = 0, trains: bool = False) -> int:
     """fp32 bytes that a map with `n` inputs keeps for the backward pass of `tokens` tokens, parameters not counted.
 
     dW = g x^T needs x: 4 tokens n bytes. A frozen map needs only W for dx: nothing.
-    With a LoRA dA = dz x^T needs x again, and dB = g z^T needs z: 4 tokens (n + r), or 4 tokens n where z is computed
-    again. So adapting every map saves nothing here; freezing a map without a LoRA does.
+    With a LoRA dA = dz x^T needs x again, and dB = g z^T needs z: 4 tokens (n + r). So adapting every map saves nothing
+    here; freezing a map without a LoRA does.
     """
     _at_least(1, tokens=tokens, n=n)
     _at_least(0, r=r)
-    return 4 * tokens * (n * (trains or r > 0) + r * (not recompute))
+    return 4 * tokens * (n * (trains or r > 0) + r)
 
 
 # --------------------------------------------------------------------------------------------------------- FLOPs
@@ -330,16 +330,14 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def linear_flops(
-    m: int, n: int, r: int = 0, *, trains: bool = False, dx: bool = True, recompute: bool = False
-) -> Flops:
+def linear_flops(m: int, n: int, r: int = 0, *, trains: bool = False, dx: bool = True) -> Flops:
     """FLOPs per token of y = W x with W (m, n), forward and backward: one matrix product a line.
 
         y = W x       2 m n
         dx = W^T g    2 m n    where something below is trained (dx)
         dW = g x^T    2 m n    where W is trained (trains)
     With a LoRA of rank r in addition
-        z = A x       2 r n    and again in the backward pass where z is not kept (recompute)
+        z = A x       2 r n
         B z           2 r m
         dz = B^T g    2 r m
         A^T dz        2 r n    where something below is trained
@@ -353,7 +351,7 @@ def linear_flops(
     if trains and r:
         raise ValueError("a map trains or carries a LoRA, not both.")
     W, A, B = 2 * m * n, 2 * r * n, 2 * r * m
-    return Flops(W + A + B, (W + A) * dx + B, W * trains + A + B + A * recompute)
+    return Flops(W + A + B, (W + A) * dx + B, W * trains + A + B)
 
 
 def training_flops(
@@ -364,7 +362,6 @@ def training_flops(
     top: int | None = None,
     context: float = 0,
     checkpointing: bool = False,
-    recompute: bool = False,
 ) -> Flops:
     """FLOPs per token of a training step: full fine-tuning where r is 0, otherwise a LoRA on `targets`.
 
@@ -375,7 +372,6 @@ def training_flops(
                      Masked attention written out has context = T, causal kernels T / 2.
     checkpointing    the blocks' activations are not kept: one forward pass more for each that has a backward pass
                      (torch may leave out a block's last product: set_checkpoint_early_stop)
-    recompute        as in `linear_flops`
 
     Exact for attention written out; a fused kernel forms Q K^T once more in its backward pass. What is not a product
     of matrices (norms, activations, softmax, biases) is left out.
@@ -399,7 +395,7 @@ def training_flops(
             names = [name for name in stage if name in maps]
             rank = {name: r if live and name in adapted else 0 for name in names}
             for name in names:
-                steps.append(linear_flops(*maps[name], rank[name], trains=full and live, dx=below, recompute=recompute))
+                steps.append(linear_flops(*maps[name], rank[name], trains=full and live, dx=below))
             if "q_proj" in stage:  # dQ and dK want the gradient at the scores, dP
                 q, k, v = (below or rank[name] > 0 for name in stage)
                 steps.append(Flops(2 * product, product * (q + k + (q or k) + v), 0))
@@ -407,7 +403,7 @@ def training_flops(
         if checkpointing and below:
             steps.append(Flops(sum(step.forward for step in steps[first:]), 0, 0))
     head = r if "lm_head" in adapted else 0
-    steps.append(linear_flops(shape.vocab, shape.hidden, head, trains=full, dx=below, recompute=recompute))
+    steps.append(linear_flops(shape.vocab, shape.hidden, head, trains=full, dx=below))
     return Flops(*(sum(part) for part in zip(*steps, strict=True)))
 
 

@@ -16,8 +16,9 @@ from torch.nn.functional import linear
 def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None = None) -> Tensor:
     """y = x W^T + b + s (x A^T) B^T, of shape (..., out).
 
-    The (out, in) matrix B A is never formed. Where it may, it runs as one fused step that keeps nothing but x for
-    the backward pass and adds the update in place; otherwise, and with the same result, as `plain_lora_linear`.
+    The (out, in) matrix B A is never formed. Where it may, it runs as one fused step that adds the update in place, so
+    that the peak of memory is near the frozen layer's; otherwise, and with the same result, as `plain_lora_linear`.
+    Either way x and z are kept for the backward pass.
 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
@@ -42,8 +43,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
-        ctx.s = s
-        return linear(x, W, b).addmm_(torch.mm(x, A.t()), B.t(), alpha=s)
+        ctx.s, ctx.z = s, torch.mm(x, A.t())
+        return linear(x, W, b).addmm_(ctx.z, B.t(), alpha=s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -51,9 +52,10 @@ class _Fused(torch.autograd.Function):
         needs_x, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         dB = None
         if needs_B:
-            z = torch.mm(x, A.t())  # computed again: a stored z would give wrong second derivatives
+            # Computed again for second derivatives, which a stored z would get wrong, and for a second backward pass.
+            z = torch.mm(x, A.t()) if ctx.z is None or torch.is_grad_enabled() else ctx.z
             dB = torch.mm(z.t(), g).mul_(ctx.s).t()  # z^T g is a faster product than g^T z
-            del z  # freed before dz is made: the peak is lower
+            ctx.z = z = None  # freed before dz and dx are made: the peak is lower
         dz = torch.mm(g, B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
         dA = torch.mm(dz.t(), x) if needs_A else None
         dx = torch.mm(g, W).addmm_(dz, A) if needs_x else None

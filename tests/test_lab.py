@@ -156,6 +156,7 @@ def test_the_schedule_rises_to_the_rate_and_falls_to_zero(small: GPT) -> None:
     scales = [recipe.scale(step) for step in range(100)]
     assert scales[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert scales[10] == 1 and scales[55] == pytest.approx(0.5) and 0 < scales[-1] < 0.001
+    assert Recipe(steps=1).scale(0) == 1 and len(train(small, TEXT, Recipe(steps=1)).losses) == 1
     seen = []
 
     def watching(net: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

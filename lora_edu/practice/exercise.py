@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -271,7 +272,7 @@ class _Attempt:
         error: BaseException | None = None
         self.result = None
         try:
-            with redirect_stdout(said), redirect_stderr(said), _own_randomness(), _alarm(self.left):
+            with redirect_stdout(said), redirect_stderr(said), _quiet(), _own_randomness(), _alarm(self.left):
                 self.result = self.exercise.call(self.function, *args)
         except KeyboardInterrupt:
             raise
@@ -284,6 +285,14 @@ class _Attempt:
             for a, b in zip(args, before, strict=True)
         )
         return error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings, which would count as printing; NumPy warns of a division by zero, for example."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -73,12 +73,14 @@ CUT = Exercise(
         Property(
             "RANK",
             "What you add to W0 has a rank above k.",
-            lambda got, W0, W1, k: np.linalg.matrix_rank(got[0] - W0, tol=1e-9) <= k,
+            lambda got, W0, W1, k: np.linalg.matrix_rank(got[0] - W0, tol=1e-4 * np.linalg.norm(W1 - W0)) <= k,
         ),
         Property(
             "BEST",
             "It is further from W1 than it has to be at this rank.",
-            lambda got, W0, W1, k: np.isclose(np.linalg.norm(W1 - got[0]), _change_tail(W0, W1, k), atol=1e-9),
+            lambda got, W0, W1, k: np.isclose(
+                np.linalg.norm(W1 - got[0]), _change_tail(W0, W1, k), rtol=1e-5, atol=1e-5
+            ),
         ),
     ),
     mistakes=(
@@ -113,7 +115,10 @@ def _spectra() -> list[Case]:
         Case((np.array([2.0, 2.0]),)),
         Case((np.array([5.0, 0.0, 0.0]),)),
         Case((np.array([7.0, 7.0, 7.0, 0.0]),)),
+        Case((np.array([0.0, 5.0, 0.0, 5.0]),)),
+        Case((np.array([1e-6, 1.0, 1.0]),)),
         Case((np.array([4.0, 2.0, 1.0]),)),
+        Case((np.array([2.0, 0.0, 1.0]),)),
         Case((np.array([8.0, 4.0, 2.0]),)),
         Case((1 / np.arange(1, 51),)),
     ]
