@@ -1,4 +1,4 @@
-"""How the base model was made. The same on every run of one machine, to the byte; on another CPU nearly so."""
+"""How the base model was made. Run again on one machine it is the same to the byte; another CPU may round otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_edu.lab import corpus
 from lora_edu.lab.model import BASE, GPT, PROVENANCE, bits_per_character
 from lora_edu.lab.training import Recipe, train
 
-# Chosen on the validation text; see `pretrain`.
+# Rate and weight decay were chosen on the validation text, in runs of a quarter of the steps.
 RECIPE = Recipe(steps=6000, rate=3e-3, batch=16, warmup=0.05, weight_decay=0.1)
 EVERY = 250  # steps from one point of the curve to the next
 
