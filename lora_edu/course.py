@@ -76,7 +76,8 @@ def lab(arguments: list[str]) -> int:
         *arguments,
     ]
     # One thread: on small matrices more threads wait for each other longer than they compute.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "LORA_EDU_HOME": str(work())}
+    defaults = {"OMP_NUM_THREADS": "1", "LORA_EDU_PROGRESS": "1"}  # and bars for what takes longer than ten seconds
+    environment = {**defaults, **os.environ, "LORA_EDU_HOME": str(work())}
     try:
         return subprocess.run(command, env=environment, check=False).returncode
     except KeyboardInterrupt:

@@ -9,15 +9,13 @@ import torch
 
 from lora_edu.config import LoRAConfig
 from lora_edu.inject import add_lora, lora_layers
-from lora_edu.lab import chapter02, corpus
+from lora_edu.lab import corpus
 from lora_edu.lab.chapter02 import matrices
 from lora_edu.lab.model import GPT, TARGETS, bits_per_character, load_base
 from lora_edu.lab.runs import Config, Numbers, experiment
 from lora_edu.lab.training import Recipe, Run, train
-from lora_edu.lowrank import truncated_svd
 
 SEEDS = (0, 1, 2)
-RANKS = (1, 2, 4, 8, 16, 32, 64)
 RATES = {
     "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -90,27 +88,3 @@ def grid(**settings: Any) -> list[dict[str, Any]]:
 def methods(config: Config) -> Numbers:
     """Three methods at their learning rates, 150 steps; full fine-tuning and LoRA at 50 and 300 steps too."""
     return measure(*fine_tune(config))
-
-
-@experiment(
-    grid(method="lora", r=(1, 2), steps=150, rate=(1e-2, 3e-2, 1e-1), seed=SEEDS)
-    + grid(method="lora", r=(4, 8, 16), steps=150, rate=(3e-3, 1e-2, 3e-2), seed=SEEDS)
-    + grid(method="lora", r=(32, 64), steps=150, rate=(1e-3, 3e-3, 1e-2), seed=SEEDS)
-)
-def ranks(config: Config) -> Numbers:
-    """LoRA of rank 1 to 64, each rank at three learning rates."""
-    return measure(*fine_tune(config))
-
-
-@experiment(grid(task="code", steps=150, rate=(1e-3, 3e-3), seed=SEEDS))
-def cuts(config: Config) -> Numbers:
-    """As long a full fine-tuning of the same 24 matrices, and `cut_k`: bits per character with its change cut to rank k."""
-    model, run = chapter02.fine_tune(config)
-    before, moved = matrices(load_base()), change(model)
-    numbers = measure(model, run)
-    for k in RANKS:
-        for name, W in matrices(model).items():
-            U, s, Vt = truncated_svd(moved[name].double().numpy(), k)
-            W.data = before[name].detach() + torch.from_numpy(U * s @ Vt).float()
-        numbers[f"cut_{k}"] = bits_per_character(model, corpus.load("code").test)
-    return numbers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def pretrain(folder: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})  # measured as it is stored
     content = save(state)
     curve = [
-        [step, round(math.fsum(run.losses[step - EVERY : step]) / EVERY, 4), round(validation, 4)]
+        [step, round(fmean(run.losses[max(0, step - EVERY) : step]), 4), round(validation, 4)]
         for step, validation in run.validation
     ]
     measured = {
