@@ -20,6 +20,10 @@ EXERCISES = load()
 
 # Cells whose output is stored but not compared, with the reason that the cell itself states.
 EXCUSED = {
+    "03_the_lora_layer.ipynb": [
+        "trained for 200 steps: on another CPU one of 497 test pictures may be decided differently",
+    ]
+    * 3,
     "02_the_change_survives_the_cut.ipynb": [
         "samples from a model trained here: one rounding can change a letter and all that follow"
     ],
