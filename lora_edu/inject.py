@@ -5,7 +5,7 @@ Every function checks everything first and changes the model only then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -217,8 +217,7 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         patterns: list[Any] = []
     else:
         found = {path: m for path, m in modules.items() if named(config.target_modules, path)}
-        whole = isinstance(config.target_modules, str)
-        patterns = [config.target_modules] if whole else [[name] for name in config.target_modules]
+        patterns = _patterns(config.target_modules)
     for pattern in patterns:
         if not any(named(pattern, path) for path in modules):
             text = pattern if isinstance(pattern, str) else pattern[0]
@@ -226,9 +225,8 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
                 " (a string is a regular expression for the whole path; names go in a list)" if text == pattern else ""
             )
             raise ValueError(f"the target {text!r} matches no module{way}{_near(text, modules)}.")
-    excluded = config.exclude_modules
-    for pattern in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
-        if pattern and not any(named(pattern, path) for path in modules):
+    for pattern in _patterns(config.exclude_modules):
+        if not any(named(pattern, path) for path in modules):
             text = pattern if isinstance(pattern, str) else pattern[0]
             raise ValueError(f"exclude_modules: {text!r} matches no module{_near(text, modules)}.")
     saved = _saved(model, config)
@@ -241,6 +239,11 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     if not found:
         raise ValueError("no module is left to adapt: target_modules and exclude_modules together match nothing.")
     return _once(model, found)
+
+
+def _patterns(names: str | Sequence[str]) -> list[Any]:
+    """What has to match something: the regular expression, or each name of a list by itself."""
+    return ([names] if names else []) if isinstance(names, str) else [[name] for name in names]
 
 
 def _once(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
