@@ -66,7 +66,8 @@ def _may_fuse(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None) -> b
     frozen = not (W.requires_grad or (b is not None and b.requires_grad))
     one_dtype = x.dtype == W.dtype == A.dtype == B.dtype and x.is_floating_point()
     transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, functional grad
-    return frozen and one_dtype and not transformed and not torch.is_autocast_enabled(x.device.type)
+    watched = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # by who offloads or counts
+    return frozen and one_dtype and not transformed and not watched and not torch.is_autocast_enabled(x.device.type)
 
 
 def delta(A: Tensor, B: Tensor, s: float) -> Tensor:

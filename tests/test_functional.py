@@ -87,14 +87,19 @@ def test_a_second_backward_pass_through_a_kept_graph_is_the_first(fused_calls: l
 def test_nothing_of_the_size_of_the_output_is_kept_for_the_backward_pass(fused_calls: list[int]) -> None:
     args = factors((64, 16), 24, 4)
     own = {t.data_ptr() for t in args if torch.is_tensor(t)}
-    kept: list[Any] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = lora_linear(*args)
-    assert fused_calls and {t.data_ptr() for t in kept} <= own
+    y = lora_linear(*args)
     node = y.grad_fn.next_functions[0][0]  # below the view
+    assert fused_calls and {t.data_ptr() for t in node.saved_tensors} <= own
     assert node.z.shape == (64, 4)  # z is kept beside them, and let go in the backward pass
     y.sum().backward()
     assert node.z is None
+
+
+def test_hooks_on_saved_tensors_see_the_bottleneck(fused_calls: list[int]) -> None:
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(*factors((64, 16), 24, 4))
+    assert not fused_calls and (64, 4) in [t.shape for t in kept]
 
 
 def test_it_falls_back_where_it_must(fused_calls: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Regenerate every stored output: python tools/refresh.py [notebook ...]
 
 The only writer of stored notebooks. A second run changes no byte, except in cells that are excused from
-comparison (tag `nbval-ignore-output`), and those keep their stored output while their source is unchanged.
+comparison (tag `nbval-ignore-output`), and those keep their stored output while the code up to them is unchanged.
 An appendix whose library is not installed is left as it is, with a line that says so.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import hashlib
 import os
 import sys
 import tempfile
@@ -51,12 +52,22 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         client.execute()
 
 
+def is_excused(cell: NotebookNode) -> bool:
+    return cell.cell_type == "code" and "nbval-ignore-output" in cell.metadata.get("tags", [])
+
+
+def code_so_far(notebook: NotebookNode, number: int) -> str:
+    """A hash of the code that made this cell's output: all cells up to it."""
+    code = [cell.source for cell in notebook.cells[: number + 1] if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:12]
+
+
 def tidy(notebook: NotebookNode, before: NotebookNode) -> None:
     """Drop what differs from run to run or from editor to editor."""
     kept = {
-        cell.source: cell.outputs
+        cell.metadata["lora_edu"]["code"]: cell.outputs
         for cell in before.cells
-        if cell.cell_type == "code" and "nbval-ignore-output" in cell.metadata.get("tags", []) and cell.outputs
+        if is_excused(cell) and cell.outputs and "code" in cell.metadata["lora_edu"]
     }
     notebook.metadata = NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
@@ -65,8 +76,9 @@ def tidy(notebook: NotebookNode, before: NotebookNode) -> None:
         cell.metadata = NotebookNode({key: cell.metadata[key] for key in ("tags", "lora_edu") if key in cell.metadata})
         if cell.cell_type != "code":
             continue
-        if "nbval-ignore-output" in cell.metadata.get("tags", []):
-            cell.outputs = kept.get(cell.source, cell.outputs)
+        if is_excused(cell):
+            cell.metadata["lora_edu"]["code"] = code = code_so_far(notebook, number)
+            cell.outputs = kept.get(code, cell.outputs)
         for output in cell.outputs:
             # A static page shows the widget's picture; the widget itself needs a running kernel.
             output.get("data", {}).pop(WIDGET, None)
