@@ -23,7 +23,7 @@ def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
     if _may_fuse(x, W, A, B, b):
-        y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), W, A, B, s, b)  # type: ignore[no-untyped-call]
+        y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), W, A, B, s, b, None)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], len(W))
     return plain_lora_linear(x, W, A, B, s, b)
 
@@ -37,29 +37,55 @@ def plain_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: T
     return (y + s * linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
 
 
+def dora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, f: Tensor, b: Tensor | None = None) -> Tensor:
+    """y = f (x W^T + s (x A^T) B^T) + b, with a factor f (out,) for every output; fused where `lora_linear` is.
+
+    DoRA with f = m / |W + s B A|, m the trained magnitudes and the norm taken as a constant.
+
+    Source: Liu et al. 2024 (arXiv 2402.09353), equations 5 and 11.
+    """
+    if _may_fuse(x, W, A, B, b):
+        y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), W, A, B, s, b, f)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], len(W))
+    y = f * plain_lora_linear(x, W, A, B, s)
+    return y if b is None else y + b
+
+
 class _Fused(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T for x (T, in), with W and b frozen."""
+    """y = f (x W^T + s (x A^T) B^T) + b for x (T, in), with W and b frozen; f (out,) may be None, for 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, W, A, B)
-        ctx.s, ctx.z = s, torch.mm(x, A.t())
-        return linear(x, W, b).addmm_(ctx.z, B.t(), alpha=s)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None, f: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, A, B, f)
+        ctx.s, ctx.z, ctx.u = s, torch.mm(x, A.t()), None
+        u = linear(x, W, b if f is None else None).addmm_(ctx.z, B.t(), alpha=s)
+        if f is None:
+            return u
+        ctx.u = u
+        return u * f if b is None else torch.addcmul(b, u, f)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, W, A, B = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        dB = None
+        x, W, A, B, f = ctx.saved_tensors
+        needs_x, _, needs_A, needs_B, _, _, needs_f = ctx.needs_input_grad
+        # Computed again for second derivatives, which stored ones would get wrong, and for a second backward pass.
+        again = ctx.z is None or torch.is_grad_enabled()
+        df = dB = None
+        if f is not None:
+            if needs_f:
+                df = (g * (plain_lora_linear(x, W, A, B, ctx.s) if again else ctx.u)).sum(0)
+            ctx.u = None
+            g = g * f
         if needs_B:
-            # Computed again for second derivatives, which a stored z would get wrong, and for a second backward pass.
-            z = torch.mm(x, A.t()) if ctx.z is None or torch.is_grad_enabled() else ctx.z
+            z = torch.mm(x, A.t()) if again else ctx.z
             dB = torch.mm(z.t(), g).mul_(ctx.s).t()  # z^T g is a faster product than g^T z
-            ctx.z = z = None  # freed before dz and dx are made: the peak is lower
+        ctx.z = z = None  # freed before dz and dx are made: the peak is lower
         dz = torch.mm(g, B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
         dA = torch.mm(dz.t(), x) if needs_A else None
         dx = torch.mm(g, W).addmm_(dz, A) if needs_x else None
-        return dx, None, dA, dB, None, None
+        return dx, None, dA, dB, None, None, df
 
 
 def _may_fuse(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_edu.config import finite_alpha, probability, whole_rank
-from lora_edu.functional import accumulate, delta, dora_norm, lora_linear
+from lora_edu.functional import accumulate, delta, dora_linear, dora_norm, lora_linear
 
 
 class LoRALayer(nn.Module):
@@ -188,8 +188,7 @@ class LoRALinear(LoRALayer):
         factor = m / self._norm()
         dropped = self.lora_dropout(x)
         if dropped is x and x.dtype == A.dtype and not _has_hooks(self.base_layer):
-            y = lora_linear(x, W, A, B, s)
-            return factor * y if b is None else torch.addcmul(b, factor, y)
+            return dora_linear(x, W, A, B, s, factor, b)
         # In the dtype of A, rounded once: in bfloat16 the factor itself would be rounded to 1.
         y, through = self.base_layer(x), F.linear(dropped, W).to(A.dtype)
         update = s * self.lora_B(self.lora_A(dropped.to(A.dtype)))

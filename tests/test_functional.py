@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from lora_edu.functional import _Fused, delta, dora_norm, lora_linear, plain_lora_linear  # noqa: E402
+from lora_edu.functional import _Fused, delta, dora_linear, dora_norm, lora_linear, plain_lora_linear  # noqa: E402
 
 
 def factors(shape: tuple[int, ...], d_out: int, r: int, bias: bool = True, dtype: Any = torch.float64) -> list[Any]:
@@ -35,10 +35,23 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def same_everywhere(args: list[Any]) -> None:
-    """Fused and plain agree in value and in the gradients of x, A and B."""
+def with_factor(args: list[Any]) -> list[Any]:
+    """The arguments of dora_linear: those of lora_linear, and a trained factor for every output."""
+    f = torch.rand(len(args[1]), dtype=args[1].dtype, generator=torch.Generator().manual_seed(1)) + 0.5
+    return [*args[:5], f.requires_grad_(), args[5]]
+
+
+def plain_dora_linear(x: Any, W: Any, A: Any, B: Any, s: float, f: Any, b: Any) -> Any:
+    return f * plain_lora_linear(x, W, A, B, s) + (0 if b is None else b)
+
+
+PLAIN = {lora_linear: plain_lora_linear, dora_linear: plain_dora_linear}
+
+
+def same_everywhere(args: list[Any], fused: Any = lora_linear) -> None:
+    """Fused and plain agree in value and in the gradients of whatever requires one."""
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
-    one, two = lora_linear(*args), plain_lora_linear(*args)
+    one, two = fused(*args), PLAIN[fused](*args)
     torch.testing.assert_close(one, two)
     g = torch.randn_like(two)
     for a, b in zip(torch.autograd.grad(one, leaves, g), torch.autograd.grad(two, leaves, g), strict=True):
@@ -56,13 +69,15 @@ def same_everywhere(args: list[Any]) -> None:
 def test_fused_is_plain_for_every_shape(lead: list[int], d_in: int, d_out: int, r: int, bias: bool) -> None:
     args = factors((*lead, d_in), d_out, r, bias)
     same_everywhere(args)
-    assert lora_linear(*args).shape == (*lead, d_out)
+    same_everywhere(with_factor(args), dora_linear)
+    assert lora_linear(*args).shape == dora_linear(*with_factor(args)).shape == (*lead, d_out)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_first_and_second_derivatives(tokens: int, fused_calls: list[int]) -> None:
     args = factors((tokens, 3), 4, 2)
-    assert torch.autograd.gradcheck(lora_linear, args) and torch.autograd.gradgradcheck(lora_linear, args)
+    for function, inputs in ((lora_linear, args), (dora_linear, with_factor(args))):
+        assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
     assert fused_calls
 
 
@@ -72,13 +87,16 @@ def test_each_gradient_alone(leaf: int, fused_calls: list[int]) -> None:
     for position in (0, 2, 3):
         args[position].requires_grad_(position == leaf)
     same_everywhere(args)
+    same_everywhere(with_factor(args), dora_linear)
+    same_everywhere([a.detach() if i == 5 else a for i, a in enumerate(with_factor(args))], dora_linear)
     assert fused_calls
 
 
-def test_a_second_backward_pass_through_a_kept_graph_is_the_first(fused_calls: list[int]) -> None:
-    args = factors((20, 5), 4, 2)
-    leaves = [args[0], args[2], args[3]]
-    y = lora_linear(*args)
+@pytest.mark.parametrize("function", PLAIN)
+def test_a_second_backward_pass_through_a_kept_graph_is_the_first(function: Any, fused_calls: list[int]) -> None:
+    args = factors((20, 5), 4, 2) if function is lora_linear else with_factor(factors((20, 5), 4, 2))
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    y = function(*args)
     g = torch.randn_like(y)
     first, second = (torch.autograd.grad(y, leaves, g, retain_graph=True) for _ in range(2))
     assert fused_calls and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -89,7 +107,7 @@ def test_nothing_of_the_size_of_the_output_is_kept_for_the_backward_pass(fused_c
     own = {t.data_ptr() for t in args if torch.is_tensor(t)}
     y = lora_linear(*args)
     node = y.grad_fn.next_functions[0][0]  # below the view
-    assert fused_calls and {t.data_ptr() for t in node.saved_tensors} <= own
+    assert fused_calls and {t.data_ptr() for t in node.saved_tensors if t is not None} <= own
     assert node.z.shape == (64, 4)  # z is kept beside them, and let go in the backward pass
     y.sum().backward()
     assert node.z is None
