@@ -50,16 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The seconds that each chapter took, without the start of its kernel, and why outputs were not compared."""
-    if _missing_text.cache_info().currsize and (gaps := _missing_text()):
-        terminalreporter.section("chapters of the laboratory ran without comparison")
-        terminalreporter.write_line(gaps)
     seconds: dict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
             name = getattr(report, "nodeid", "").split("::")[0]
             if name.endswith(".ipynb") and hasattr(report, "duration"):  # a deselected cell has none
-                seconds[Path(name).name] += report.duration
+                seconds[name] += report.duration
+    root = terminalreporter.config.rootpath
+    if any(_uses_the_laboratory(root / name) for name in seconds) and (gaps := _missing_text()):
+        terminalreporter.section("chapters of the laboratory ran without comparison")
+        terminalreporter.write_line(gaps)
     if seconds:
         terminalreporter.section("seconds per chapter")
         for name, spent in sorted(seconds.items()):
-            terminalreporter.write_line(f"{spent:6.1f}  {name}")
+            terminalreporter.write_line(f"{spent:6.1f}  {Path(name).name}")

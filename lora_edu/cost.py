@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from operator import index
 from pathlib import Path
+from time import thread_time
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet
 
@@ -480,6 +481,21 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
     return sum(
         value.nbytes for state in optimizer.state.values() for value in state.values() if hasattr(value, "nbytes")
     )
+
+
+def least_seconds(calls: Mapping[str, Callable[[], object]], rounds: int = 6) -> dict[str, float]:
+    """Processor seconds of each call, on one thread: the least of `rounds`, after one that warms up.
+
+    The calls take turns, so that a slow moment of the machine meets all of them.
+    """
+    _at_least(1, rounds=rounds)
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = thread_time()
+            call()
+            spent[name].append(thread_time() - start)
+    return {name: min(times[1:]) for name, times in spent.items()}
 
 
 class FileBytes(NamedTuple):

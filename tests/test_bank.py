@@ -31,9 +31,13 @@ def test_the_check_proves_the_answer(identity: str, seed: int | None) -> None:
 def test_a_wrong_number_fails_the_check(identity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     question = QUESTIONS[identity]
     right = getattr(bank.numbers, question["numbers"])(None)
-    answer = {"break_even": "r", "truncation_errors": "relative", "lora_count": "count", "projections": "trained"}[
-        question["numbers"]
-    ]
+    answer = {
+        "break_even": "r",
+        "truncation_errors": "relative",
+        "lora_count": "count",
+        "projections": "trained",
+        "training_memory": "mixed",
+    }[question["numbers"]]
     monkeypatch.setattr(bank.numbers, question["numbers"], lambda rng: {**right, answer: right[answer] + 1})
     with pytest.raises(AssertionError):
         bank.prove(question)

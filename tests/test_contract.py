@@ -29,6 +29,10 @@ EXCUSED = {
     "02_the_change_survives_the_cut.ipynb": [
         "samples from a model trained here: one rounding can change a letter and all that follow"
     ],
+    "04_training_and_what_it_saves.ipynb": [
+        "samples from models trained here: one rounding can change a letter and all that follow",
+        "prints times, which are the machine's own",
+    ],
     "01_low_rank_approximation.ipynb": ["prints times, which are the machine's own"],
 }
 # Chapters that are still growing, and the number of exercises that they have so far; the others have two to seven.
@@ -231,7 +235,7 @@ def test_the_questions_are_the_banks(notebook: Notebook) -> None:
 def test_every_figure_has_alternative_text(notebook: Notebook) -> None:
     for cell in notebook.code:
         pictures = [o for o in outputs(cell) if "image/png" in o.get("data", {})]
-        shows = cell["text"].count("figures.show(") + cell["text"].count("_slider(")
+        shows = sum(map(cell["text"].count, ("figures.show(", "_slider(", "_calculator(")))
         assert len(pictures) == shows, "pictures are shown by figures.show or a widget, and by nothing else"
         for picture in pictures:
             alt = picture["metadata"].get("image/png", {}).get("alt", "")

@@ -435,6 +435,20 @@ def test_bad_input_is_refused_in_one_sentence(call: Callable[[], object], error:
     assert "\n" not in str(refusal.value)
 
 
+def test_seconds_are_taken_in_turns_and_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    spent = {"a": iter((9.0, 2.0, 3.0)), "b": iter((9.0, 5.0, 4.0))}
+    clock = [0.0]
+    monkeypatch.setattr(cost, "thread_time", lambda: clock[0])
+
+    def call(name: str) -> None:
+        called.append(name)
+        clock[0] += next(spent[name])
+
+    assert cost.least_seconds({n: lambda n=n: call(n) for n in "ab"}, rounds=2) == {"a": 2.0, "b": 4.0}
+    assert called == [*"ababab"]
+
+
 def test_only_a_whole_safetensors_file_has_its_bytes_counted(tmp_path: Path) -> None:
     file = save_adapter(stack((4, 5), (0,), 2), tmp_path) / "adapter_model.safetensors"
     whole = file.read_bytes()

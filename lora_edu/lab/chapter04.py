@@ -1,4 +1,4 @@
-"""Chapter 04: what training with full fine-tuning, LoRA and the head alone gives, at many learning rates, and forgets."""
+"""Chapter 04: what full fine-tuning, LoRA and the head alone give at many learning rates, and what they forget."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 
 from lora_edu.config import LoRAConfig
 from lora_edu.inject import add_lora, lora_layers
-from lora_edu.lab import corpus
-from lora_edu.lab.chapter02 import matrices
+from lora_edu.lab import chapter02, corpus
+from lora_edu.lab.chapter02 import Cut, matrices
 from lora_edu.lab.model import GPT, TARGETS, bits_per_character, load_base
 from lora_edu.lab.runs import Config, Numbers, experiment
 from lora_edu.lab.training import Recipe, Run, train
 
 SEEDS = (0, 1, 2)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 RATES = {
     "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -88,3 +90,65 @@ def grid(**settings: Any) -> list[dict[str, Any]]:
 def methods(config: Config) -> Numbers:
     """Three methods at their learning rates, 150 steps; full fine-tuning and LoRA at 50 and 300 steps too."""
     return measure(*fine_tune(config))
+
+
+@experiment(
+    [
+        config
+        for r, rates in {
+            1: (1e-2, 3e-2, 1e-1),
+            2: (1e-2, 3e-2, 1e-1),
+            4: (3e-3, 1e-2, 3e-2, 1e-1),
+            16: (1e-3, 3e-3, 1e-2, 3e-2),
+            32: (1e-3, 3e-3, 1e-2, 3e-2),
+            64: (1e-3, 3e-3, 1e-2),
+        }.items()
+        for config in grid(method="lora", r=r, steps=150, rate=rates, seed=SEEDS)
+    ]
+)
+def ranks(config: Config) -> Numbers:
+    """LoRA at the ranks other than 8, which is in `methods`; small ranks want larger rates."""
+    return measure(*fine_tune(config))
+
+
+@experiment(grid(task="code", steps=150, rate=(1e-3, 3e-3, 1e-2), seed=SEEDS))
+def cuts(config: Config) -> Numbers:
+    """Full fine-tuning of the 24 projections LoRA adapts, then the change of each cut to rank k: `code_k`."""
+    model, run = chapter02.fine_tune(config)
+    before = {name: W.detach().clone() for name, W in matrices(load_base()).items()}
+    cut = {name: Cut((W - before[name]).detach().double().numpy()) for name, W in matrices(model).items()}
+    test = corpus.load("code").test
+    numbers = {"validation": run.validation[-1][1], "code": bits_per_character(model, test)}
+    for k in RANKS:
+        with torch.no_grad():
+            for name, W in matrices(model).items():
+                W.copy_(before[name] + torch.from_numpy(cut[name].rank(k)))
+        numbers[f"code_{k}"] = bits_per_character(model, test)
+    return numbers
+
+
+@experiment(
+    grid(method="full", r=8, steps=150, rate=(1e-3, 3e-3), seed=SEEDS)
+    + grid(method="lora", r=8, steps=150, rate=1e-2, seed=SEEDS)
+)
+def scaled(config: Config) -> Numbers:
+    """W0 + s dW for every trained tensor, on code and on the manual: `code_s` and `manual_s`."""
+    model, _ = fine_tune(config)
+    numbers: Numbers = {}
+    for s in SCALES:
+        between = rescale(model, s)
+        numbers |= {f"{t}_{s:g}": bits_per_character(between, corpus.load(t).test) for t in ("code", "manual")}
+    return numbers
+
+
+@torch.no_grad()
+def rescale(model: GPT, s: float) -> GPT:
+    """A new model with W0 + s (W1 - W0) for every tensor that the fine-tuned `model` has changed; s B A under LoRA."""
+    scaled = load_base()
+    if lora_layers(model):
+        for name, dW in change(model).items():
+            scaled.get_parameter(name).add_(dW, alpha=s)
+    else:
+        for W, W1 in zip(scaled.parameters(), model.parameters(), strict=True):
+            W.lerp_(W1, s)
+    return scaled

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_edu import lowrank
+from lora_edu import cost, lowrank
 
 Rng = np.random.Generator | None
 
@@ -69,4 +69,17 @@ def projections(rng: Rng) -> dict[str, Any]:
         "trained": trained,
         "during": base + trained,
         "share": trained / (base + trained),
+    }
+
+
+def training_memory(rng: Rng) -> dict[str, Any]:
+    billions, millions = (7, 40) if rng is None else (int(rng.integers(1, 80)), 10 * int(rng.integers(1, 40)))
+    recipes = {"bf16": "full, bf16", "moments": "full, bf16, fp32 Adam", "mixed": "full, mixed"}
+    lora = cost.training_memory("LoRA, bf16 base", billions * 1e9, millions * 1e6)
+    return {
+        "billions": billions,
+        "millions": millions,
+        **{name: cost.training_memory(recipe, billions * 1e9).total / 1e9 for name, recipe in recipes.items()},
+        "lora": lora.total / 1e9,
+        "frozen": 2 * billions,
     }
