@@ -19,7 +19,7 @@ _HOME = {
 }
 _MODULES = (
     *("adapters", "config", "cost", "course", "figures", "functional", "inject", "lab", "layers"),
-    *("lowrank", "practice", "widgets"),
+    *("lowrank", "peft_methods", "practice", "widgets"),
 )
 
 __all__ = [*_HOME, *_MODULES]
