@@ -1,7 +1,7 @@
 """What fine-tuning costs, in parameters, bytes and FLOPs: the formulas, the same things measured, and published counts.
 
 Units: bytes, with 1 GB = 1e9 and 1 GiB = 2**30; FLOPs, a multiply-add being 2. Letters: a linear map W is (m, n), out
-by in; N is the number of weights in linear maps, n_L that of the parameters of a LoRA.
+by in; M is the number of weights in linear maps, n_L that of the parameters of a LoRA.
 
 The formulas need nothing but Python; torch is imported by the measuring functions only.
 Bad input raises `ValueError` or `TypeError` with one sentence.
@@ -121,7 +121,7 @@ def parameters(shape: Shape) -> int:
 
 
 def linear_weights(shape: Shape) -> int:
-    """The weights of the blocks' linear maps, layers x sum of m n: N without the head."""
+    """The weights of the blocks' linear maps, layers x sum of m n: M without the head."""
     return shape.layers * sum(m * n for m, n in shape.maps.values())
 
 
@@ -273,7 +273,7 @@ def training_memory(recipe: str, base: float, adapter: float = 0, linear: float 
 
     Full fine-tuning: (weight + gradient + optimizer) base, 16 bytes a parameter in fp32 and in mixed precision.
     LoRA: frozen x base + (weight + gradient + optimizer) x adapter. What falls away is the gradients and the optimizer
-    of the base, 12 bytes a parameter or so; its weights stay.
+    of the base, 12 to 14 bytes a parameter; its weights stay.
     QLoRA: the same with `linear` weights, those of the blocks' maps, in 4 bits.
 
     Source: the counts per parameter are those of Rajbhandari et al. 2020 (ZeRO), section 3.1.
@@ -409,11 +409,11 @@ def training_flops(
 
 
 def flops_ratio(shape: Shape, r: int, targets: str | Sequence[str] = "all-linear") -> float:
-    """FLOPs of a LoRA step over those of full fine-tuning, to first order: (4 N + 6 n_L) / 6 N = 2/3 + n_L / N.
+    """FLOPs of a LoRA step over those of full fine-tuning, to first order: (4 M + 6 n_L) / 6 M = 2/3 + n_L / M.
 
-    N counts the head too. It holds for any targets: a frozen map costs 4 a weight with or without a LoRA. Exactly it is
-    a little less, because the maps below the first LoRA need no dx, and more with attention scores or checkpointing:
-    see `training_flops`.
+    M counts the head too. It holds for any targets: a frozen map costs 4 a weight with or without a LoRA. Exactly it is
+    a little less, because the maps up to the first LoRA need no dx, and nearer to 1 with attention scores or
+    checkpointing: see `training_flops`.
     """
     return 2 / 3 + lora_parameters(shape, r, targets) / (linear_weights(shape) + shape.vocab * shape.hidden)
 
@@ -623,7 +623,7 @@ def _published() -> Iterator[Published]:
     why = f"{adapter_bytes(medium):,} bytes are {adapter_bytes(medium) / 2**20} MiB."
     yield row("GPT-2 medium, file of LoRA r = 4 in fp32", "1.5 MB", adapter_bytes(medium), why)
 
-    source = "VeRA paper, table 4"
+    source = "VeRA paper, table 4, as quoted"
     yield row("Llama-7B, LoRA r = 64, all linear", "159.9M", lora(llama7, 64))
     yield row("Llama-13B, LoRA r = 64, all linear", "250.3M", lora(llama13, 64))
     # r = 1024 is the only power of two that gives both.
@@ -656,7 +656,7 @@ def _published() -> Iterator[Published]:
     yield row("saved by double quantisation, 65B", "3 GB", (single - double) / 8 * 65e9)
     yield row("65B, full, 12 bytes a parameter", "780 GB", training_memory("full, bf16, fp32 Adam", 65e9).total)
     source = "Biderman et al. 2024, appendix H"
-    yield row("7B, full", "112 GB", training_memory("full, mixed", 7e9).total)
+    yield row("7B, full", "112 GB", training_memory("full, fp32", 7e9).total)
     yield row("7B, LoRA of 1 %, bf16 base", "15.12 GB", training_memory("LoRA, bf16 base", 7e9, 7e7).total)
     yield row("7B, LoRA of 1 %, fp32 base", "29.12 GB", training_memory("LoRA, fp32 base", 7e9, 7e7).total)
     source, memory = "GaLore paper, section 1", training_memory("full, bf16", 7e9)
@@ -679,7 +679,7 @@ def _published() -> Iterator[Published]:
     why = "No bytes per parameter are given, and no recipe has so many."
     yield row("7B, full", "160 GB", training_memory("full, mixed", 7e9).total, why)
     why = "Four cards of 32 GB: the weights alone do not fit, with or without LoRA."
-    yield row("65B, weights in fp16", "128 GB", 2 * 65e9, why)
+    yield row("65B in fp16, said to fit in", "128 GB", 2 * 65e9, why)
     memory = training_memory("LoRA, bf16 base", parameters(llama70), lora(llama70, 16))
     why = f"The frozen weights stay: {2 * parameters(llama70) / 1e9:.0f} GB in bf16."
     yield row("Llama-2-70B, training memory, LoRA r = 16", "10 GB", memory.total, why)

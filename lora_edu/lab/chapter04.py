@@ -84,8 +84,8 @@ def grid(**settings: Any) -> list[dict[str, Any]]:
 
 @experiment(
     [config for m, rates in RATES.items() for config in grid(method=m, r=8, steps=150, rate=rates, seed=SEEDS)]
-    + grid(method="full", r=8, steps=(50, 300), rate=(3e-4, 1e-3, 3e-3), seed=SEEDS)
-    + grid(method="lora", r=8, steps=(50, 300), rate=(3e-3, 1e-2, 3e-2), seed=SEEDS)
+    + grid(method="full", r=8, steps=(50, 300), rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), seed=SEEDS)
+    + grid(method="lora", r=8, steps=(50, 300), rate=(1e-3, 3e-3, 1e-2, 3e-2), seed=SEEDS)
 )
 def methods(config: Config) -> Numbers:
     """Three methods at their learning rates, 150 steps; full fine-tuning and LoRA at 50 and 300 steps too."""
@@ -111,19 +111,18 @@ def ranks(config: Config) -> Numbers:
     return measure(*fine_tune(config))
 
 
-@experiment(grid(task="code", steps=150, rate=(1e-3, 3e-3, 1e-2), seed=SEEDS))
+@experiment(grid(task="code", steps=150, rate=(3e-4, 1e-3, 3e-3, 1e-2), seed=SEEDS))
 def cuts(config: Config) -> Numbers:
-    """Full fine-tuning of the 24 projections LoRA adapts, then the change of each cut to rank k: `code_k`."""
+    """Full fine-tuning of the 24 projections that LoRA adapts; then the change of each cut to rank k: `code_k`."""
     model, run = chapter02.fine_tune(config)
     before = {name: W.detach().clone() for name, W in matrices(load_base()).items()}
-    cut = {name: Cut((W - before[name]).detach().double().numpy()) for name, W in matrices(model).items()}
-    test = corpus.load("code").test
-    numbers = {"validation": run.validation[-1][1], "code": bits_per_character(model, test)}
+    cut = {name: Cut(dW.double().numpy()) for name, dW in change(model).items()}
+    numbers = measure(model, run)
     for k in RANKS:
         with torch.no_grad():
             for name, W in matrices(model).items():
                 W.copy_(before[name] + torch.from_numpy(cut[name].rank(k)))
-        numbers[f"code_{k}"] = bits_per_character(model, test)
+        numbers[f"code_{k}"] = bits_per_character(model, corpus.load("code").test)
     return numbers
 
 

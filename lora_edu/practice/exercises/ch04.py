@@ -399,6 +399,7 @@ C12 = Exercise(
 def make_labels(ids: np.ndarray, prompt_len: int, pad: int, eos: int) -> np.ndarray:
     """The labels (T,) of one sequence `ids` (T,): prompt, answer, eos, and padding on the right.
 
+    `ids` is a NumPy array of integers.
     The answer and its eos keep their ids, each at its own place: the model shifts. The prompt and the padding are -100.
     An answer that was cut off has no eos.
     """
@@ -585,82 +586,107 @@ C22 = Exercise(
 # E4.1 step_flops
 
 
-def step_flops(m: int, n: int, r: int) -> int:
-    """FLOPs per token of a training step of W (m, n): 6 m n; with W frozen and a LoRA of rank r > 0, 4 m n + 6 r (m + n).
+def step_flops(m: int, n: int, r: int, dx: bool = True) -> int:
+    """FLOPs per token of a training step of W (m, n), the sum over its matrix products; a multiply-add is 2 FLOPs.
 
-    A multiply-add is 2 FLOPs. Each matrix is in a product for y, one for dx (something below trains), and one for its own
-    gradient, unless it is frozen.
+    r = 0    W trains                 2 m n each: W x, dW = g x^T
+    r > 0    W is frozen, a LoRA      2 m n: W x;  2 r n each: z = A x, dA = dz x^T;  2 r m each: B z, dz = B^T g, dB = g z^T
+    dx       something below trains   2 m n more: W^T g;  2 r n more: A^T dz
     """
-    W, AB = m * n, r * (m + n)
-    return 2 * (2 * W + 3 * AB) if r else 2 * 3 * W
+    W, A, B = 2 * m * n, 2 * r * n, 2 * r * m
+    return (W + 2 * A + 3 * B if r else 2 * W) + (W + A) * dx
 
 
 def _step_cases() -> list[Case]:
     # At (40, 30, 1) W is so much larger than A and B that a product with it cannot be mistaken for theirs.
     sizes = ((3, 2, 0), (40, 30, 1), (30, 40, 3), (16, 64, 16), (6, 4, 12), (4096, 4096, 0), (4096, 11008, 16))
-    return [Case(size) for size in sizes]
+    return [Case((*size, dx)) for dx in (True, False) for size in sizes]
 
 
 def _thin(m: int, n: int, r: int) -> bool:
     return 0 < 6 * r * (m + n) < m * n
 
 
-def _right_step(got: Any, m: int, n: int, r: int) -> bool:
-    return bool(got[0] == cost.linear_flops(m, n, r, trains=r == 0).total)
+def _right_step(got: Any, m: int, n: int, r: int, dx: bool) -> bool:
+    return bool(got[0] == cost.linear_flops(m, n, r, trains=r == 0, dx=dx).total)
 
 
-def _step(size: tuple[int, int, int], full: int = 6, frozen: int = 4, thin: int = 6) -> int:
-    """FLOPs a weight of W where it trains, where it is frozen, and of A and B."""
-    m, n, r = size
-    return frozen * m * n + thin * r * (m + n) if r else full * m * n
+def _more(size: tuple[int, int, int, bool], W: int = 0, A: int = 0, B: int = 0) -> int:
+    """The right FLOPs and, where there is a LoRA, so many products with W, A and B more."""
+    m, n, r, _ = size
+    return step_flops(*size) + 2 * (W * m * n + A * r * n + B * r * m) * (r > 0)
 
 
-def _trained_only(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), frozen=0)
+def _trained_only(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), W=-1 - dx)
 
 
-def _no_dx(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), frozen=2)
+def _no_dx(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), W=-dx)
 
 
-def _dw_computed(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), frozen=6)
+def _dw_computed(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), W=1)
 
 
-def _lora_is_free(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), thin=0)
+def _lora_is_free(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), A=-2 - dx, B=-3)
 
 
-def _ab_twice(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), thin=4)
+def _ab_twice(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), A=-dx, B=-1)
 
 
-def _product_formed(m: int, n: int, r: int) -> Any:
-    return 4 * m * n + 6 * r * m * n if r else 6 * m * n
+def _product_formed(m: int, n: int, r: int, dx: bool) -> Any:
+    return _lora_is_free(m, n, r, dx) + 6 * r * m * n
 
 
-def _sum_formed(m: int, n: int, r: int) -> Any:
-    return 6 * m * n + 6 * r * m * n
+def _sum_formed(m: int, n: int, r: int, dx: bool) -> Any:
+    return step_flops(m, n, 0, dx) + 6 * r * m * n
 
 
-def _multiply_adds(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), full=3, frozen=2, thin=3)
+def _multiply_adds(m: int, n: int, r: int, dx: bool) -> Any:
+    return step_flops(m, n, r, dx) // 2
 
 
-def _forward_alone(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), full=2, frozen=2, thin=2)
+def _forward_alone(m: int, n: int, r: int, dx: bool) -> Any:
+    return 2 * m * n + 2 * r * (m + n)
 
 
-def _backward_once(m: int, n: int, r: int) -> Any:
-    return _step((m, n, r), full=4, thin=4)
+def _backward_once(m: int, n: int, r: int, dx: bool) -> Any:
+    return 2 * _forward_alone(m, n, r, dx)
 
 
-def _always_frozen(m: int, n: int, r: int) -> Any:
-    return 4 * m * n + 6 * r * (m + n)
+def _always_frozen(m: int, n: int, r: int, dx: bool) -> Any:
+    return step_flops(m, n, r, dx) - 2 * m * n * (r == 0)
 
 
-def _ratio(m: int, n: int, r: int) -> Any:
-    return step_flops(m, n, r) / (6 * m * n)
+def _ratio(m: int, n: int, r: int, dx: bool) -> Any:
+    return step_flops(m, n, r, dx) / step_flops(m, n, 0, dx)
+
+
+def _dx_ignored(m: int, n: int, r: int, dx: bool) -> Any:
+    return step_flops(m, n, r)
+
+
+def _dx_ignored_in_full(m: int, n: int, r: int, dx: bool) -> Any:
+    return step_flops(m, n, r, dx or r == 0)
+
+
+def _dz_dropped(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), B=-(not dx))
+
+
+def _w_kept(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), W=not dx)
+
+
+def _a_kept(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), A=not dx)
+
+
+def _dz_for_a(m: int, n: int, r: int, dx: bool) -> Any:
+    return _more((m, n, r, dx), A=not dx, B=-(not dx))
 
 
 _FORMED = "You form B A, a matrix of the size of W. The layer does A x first and then B: two thin products."
@@ -671,7 +697,7 @@ STEP = Exercise(
     minutes=15,
     level="mid",
     importance=5,
-    task="The FLOPs of a training step of one map, with and without LoRA.",
+    task="The FLOPs of a training step of one map, with and without LoRA, and where nothing below it trains.",
     returns="one whole number",
     reference=step_flops,
     parse=arrays(1),
@@ -684,23 +710,29 @@ STEP = Exercise(
         ),
         Property(
             "FULL",
-            "Wrong at r = 0, where W itself trains: in which products is W, forward and backward, and what is a "
-            "multiply-add?",
-            lambda got, m, n, r: r > 0 or _right_step(got, m, n, r),
+            "Wrong at r = 0, where W itself trains: which products with W are needed, forward and backward, and what is "
+            "a multiply-add?",
+            lambda got, m, n, r, dx: r > 0 or _right_step(got, m, n, r, dx),
         ),
         Property(
             "W_LOW",
             "Too few, by more than A and B could cost: frozen stops the update of W. Which products with W are left?",
-            lambda got, m, n, r: not _thin(m, n, r) or got[0] >= 4 * m * n,
+            lambda got, m, n, r, dx: not _thin(m, n, r) or got[0] >= 2 * (1 + dx) * m * n,
         ),
         Property(
             "W_HIGH",
-            "Too many, by more than A and B could cost: which product falls away with W frozen? And B A is never formed.",
-            lambda got, m, n, r: not _thin(m, n, r) or got[0] <= 4 * m * n + 12 * r * (m + n),
+            "Too many, by more than A and B could cost: whose result does nobody use, with W frozen? And B A is never "
+            "formed.",
+            lambda got, m, n, r, dx: not _thin(m, n, r) or got[0] <= 2 * (1 + dx) * m * n + 12 * r * (m + n),
         ),
         Property(
             "THIN",
             "The products with A and B are counted wrongly: which matrices are in them, and in how many is each?",
+            lambda got, m, n, r, dx: not dx or _right_step(got, m, n, r, dx),
+        ),
+        Property(
+            "THIN_BELOW",
+            "The products with A and B are counted wrongly at dx=False: who uses the result of each?",
             _right_step,
         ),
     ),
@@ -733,11 +765,43 @@ STEP = Exercise(
         ),
         Mistake("RANK_ZERO", "r = 0 is full fine-tuning here: W trains, and dW is computed.", _always_frozen),
         Mistake("RATIO", "That is the share of full fine-tuning; the FLOPs themselves are asked for.", _ratio),
+        Mistake(
+            "DX_IGNORED",
+            "dx changes nothing in your count; at dx=False nobody uses the gradient of x, and it is not computed.",
+            _dx_ignored,
+        ),
+        Mistake(
+            "DX_FULL",
+            "dx changes your count with a LoRA only; at r = 0 too nobody uses the gradient of x.",
+            _dx_ignored_in_full,
+        ),
+        Mistake(
+            "DZ",
+            "At dx=False you drop dz = B^T g together with dx; A still trains, and dA = dz x^T is made of it.",
+            _dz_dropped,
+        ),
+        Mistake(
+            "W_KEPT",
+            "At dx=False you still compute W^T g: it is a part of dx, and neither dA nor dB uses it.",
+            _w_kept,
+        ),
+        Mistake(
+            "A_KEPT",
+            "At dx=False you still compute A^T dz: dx is W^T g + A^T dz, and nobody uses either part.",
+            _a_kept,
+        ),
+        Mistake(
+            "DZ_FOR_A",
+            "At dx=False you drop a product with B and keep all with A: are m and n exchanged? A is (r, n), B is (m, r).",
+            _dz_for_a,
+        ),
     ),
     hints=(
-        "Three products with W in full fine-tuning: y = W x, dx = W^T g, dW = g x^T. Which of them does a frozen W need?",
+        "Three products with W in full fine-tuning: y = W x, W^T g for dx, dW = g x^T. Which of them are needed with W "
+        "frozen, and which at dx=False?",
         "A product of a matrix of k numbers with one token's vector is k multiply-adds, so 2 k FLOPs; dW is as large.",
-        "A and B train, so each is in three products; together they have r (m + n) numbers.",
+        "A and B have six: z = A x, B z, dz = B^T g, A^T dz, dB = g z^T, dA = dz x^T. At dx=False drop those whose result "
+        "only dx uses.",
     ),
-    after="At a small rank that is about two thirds of full fine-tuning: dW is all that falls away.",
+    after="At a small rank that is about two thirds of full fine-tuning, for only dW falls away; at dx=False it is half.",
 )
