@@ -68,7 +68,7 @@ def test_a_folder_without_a_file_and_a_file_that_is_another_are_refused(
     for changed in published:
         for name, data in published.items():
             (tmp_path / name).write_bytes(data + b"!" * (name == changed))
-        with pytest.raises(RuntimeError, match=rf"^{changed} in the folder .* is not the published one .* delete it\."):
+        with pytest.raises(RuntimeError, match=rf"^{changed} in the folder .* is not the published one .* delete it: "):
             minilm.files()
 
 

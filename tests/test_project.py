@@ -119,6 +119,17 @@ def test_the_refresh_leaves_out_an_appendix_whose_library_is_missing(tmp_path: P
         assert missing(path) == absent
 
 
+def test_the_refresh_leaves_out_appendix_a_where_its_weights_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "appendix" / "A_more.ipynb"
+    path.parent.mkdir()
+    setup = nbformat.v4.new_code_cell("from lora_edu.lab import minilm")
+    nbformat.write(nbformat.v4.new_notebook(cells=[setup]), path)
+    monkeypatch.setenv("LORA_EDU_MINILM", str(tmp_path))
+    assert missing(path) == ["sentence-transformers/all-MiniLM-L6-v2"]
+
+
 def test_the_readme_lists_every_chapter_with_its_minutes_and_nothing_else() -> None:
     rows = re.findall(r"^\| \[(?:\d\d|[AB]) .+?\]\((notebooks/.+?\.ipynb)\) \| .+ \| (\d+) \|", README, re.MULTILINE)
     assert [Path(path).name for path, _ in rows] == [path.name for path in chapters()]

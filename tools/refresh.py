@@ -94,14 +94,22 @@ def write_cover(notebook: NotebookNode) -> None:
 
 
 def missing(path: Path) -> list[str]:
-    """The libraries that an appendix imports and that are not installed; the dev install has those of the chapters."""
+    """What an appendix needs and is not installed: libraries, or the weights of appendix A. The chapters need neither."""
     if path.parent.name != "appendix":
         return []
     setup = next(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     tree = ast.parse(setup)
     names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    return [name for name in names if find_spec(name.split(".")[0]) is None]
+    absent = [name for name in names if find_spec(name.split(".")[0]) is None]
+    if not absent and "import minilm" in setup:
+        from lora_edu.lab import minilm
+
+        try:
+            minilm.files()
+        except RuntimeError:
+            absent.append(minilm.NAME)
+    return absent
 
 
 def refresh(path: Path) -> bool:

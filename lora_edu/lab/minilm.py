@@ -42,7 +42,7 @@ FILES = {  # what is read of it, and the published SHA-256; none of it is code, 
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-FETCH = f"`make test-real` fetches them, or {VARIABLE} names a folder with {', '.join(FILES)}"
+FETCH = f"`make test-real` fetches the files, or {VARIABLE} names a folder with {', '.join(FILES)}"
 
 WORDS, FEWEST = 22, 12  # of a sentence: the first 22 of a paragraph, which has at least 12
 SIZES = {"test": 1200, "validation": 500}  # held out, in sentences, at least
@@ -102,7 +102,7 @@ def _checked(content: dict[str, bytes], place: str) -> dict[str, bytes]:
         if (found := hashlib.sha256(content[name]).hexdigest()) != sha256:
             raise RuntimeError(
                 f"{name} in {place} is not the published one of {NAME}: its SHA-256 is {found[:8]}…, "
-                f"not {sha256[:8]}…; delete it. {FETCH[0].upper()}{FETCH[1:]}."
+                f"not {sha256[:8]}…; delete it: {FETCH}."
             )
     return content
 
