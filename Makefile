@@ -37,7 +37,7 @@ fresh: $(VENV)/.lab
 	$(BIN)/python -m lora_edu fresh "$(CHAPTER)"
 
 test: $(VENV)/.$(EXTRAS)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-real: $(if $(LORA_EDU_MINILM),,$(MINILM)/model.safetensors)
 	$(MAKE) test ARGS="-m real --no-cov --nbval-cell-timeout=600 notebooks/appendix $(ARGS)"
