@@ -23,8 +23,7 @@ def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
     if _may_fuse(x, W, A, B, b):
-        y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), W, A, B, s, b, None)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], len(W))
+        return _fused(x, W, A, B, s, b, None)
     return plain_lora_linear(x, W, A, B, s, b)
 
 
@@ -45,10 +44,14 @@ def dora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, f: Tensor,
     Source: Liu et al. 2024 (arXiv 2402.09353), equations 5 and 11.
     """
     if _may_fuse(x, W, A, B, b):
-        y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), W, A, B, s, b, f)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], len(W))
+        return _fused(x, W, A, B, s, b, f)
     y = f * plain_lora_linear(x, W, A, B, s)
     return y if b is None else y + b
+
+
+def _fused(x: Tensor, *others: Any) -> Tensor:
+    y: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), *others)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Fused(torch.autograd.Function):

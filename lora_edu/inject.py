@@ -275,11 +275,16 @@ def _near(text: str, paths: Any) -> str:
     return f"; near names: {', '.join(near)}" if near else ""
 
 
-def _refuse_what_cannot_carry(model: nn.Module, path: str, layer: nn.Module, config: LoRAConfig) -> None:
+def _reader(model: nn.Module, path: str) -> str:
+    """The class of the parent that reads this layer's weight without calling it; empty where none does."""
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+    return type(parent).__name__ if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) else ""
+
+
+def _refuse_what_cannot_carry(model: nn.Module, path: str, layer: nn.Module, config: LoRAConfig) -> None:
+    if reader := _reader(model, path):
         raise ValueError(
-            f"{path!r}: nn.{type(parent).__name__} reads this weight directly, so a LoRA on it would do nothing; "
+            f"{path!r}: nn.{reader} reads this weight directly, so a LoRA on it would do nothing; "
             "leave it out (exclude_modules)."
         )
     kind = next((kind for kind in KINDS if isinstance(layer, kind.base_type)), None)

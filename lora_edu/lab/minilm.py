@@ -25,15 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.optim.lr_scheduler import LambdaLR
 
 from lora_edu.config import LoRAConfig
 from lora_edu.inject import add_lora, lora_layers
 from lora_edu.lab import corpus
 from lora_edu.lab.chapter02 import Cut, Matrices, spectrum
-from lora_edu.lab.progress import bar, track
+from lora_edu.lab.progress import bar
 from lora_edu.lab.runs import Config, Numbers
-from lora_edu.lab.training import Recipe, adamw
+from lora_edu.lab.training import Recipe, descend
 
 NAME, REVISION = "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 VARIABLE = "LORA_EDU_MINILM"
@@ -267,19 +266,12 @@ def prepare(method: str, seed: int = 0) -> Classifier:
 
 def fine_tune(model: nn.Module, part: Part, recipe: Recipe) -> list[float]:
     """Train in place whatever requires a gradient, on batches drawn at random; return the losses, in nats."""
-    batches, losses = torch.Generator().manual_seed(recipe.seed), []
-    descent = adamw(model, recipe)
-    schedule = LambdaLR(descent, recipe.scale)
-    for _ in track(range(recipe.steps), recipe.steps):
+
+    def loss(batches: torch.Generator) -> Tensor:
         rows = torch.randint(len(part.ids), (recipe.batch,), generator=batches)
-        loss = binary_cross_entropy_with_logits(model(part.ids[rows]), part.shuffled[rows])
-        descent.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), recipe.clip)
-        descent.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+        return binary_cross_entropy_with_logits(model(part.ids[rows]), part.shuffled[rows])
+
+    return [value for _, value in descend(model, recipe, loss)]
 
 
 def change(model: nn.Module, before: dict[str, nn.Parameter]) -> Matrices:

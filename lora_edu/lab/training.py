@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +79,29 @@ def adamw(model: nn.Module, recipe: Recipe) -> Optimizer:
     return AdamW([group for group in groups if group["params"]], lr=recipe.rate, fused=True)
 
 
+def descend(
+    model: nn.Module,
+    recipe: Recipe,
+    loss: Callable[[torch.Generator], torch.Tensor],
+    optimizer: Callable[[nn.Module, Recipe], Optimizer] = adamw,
+) -> Iterator[tuple[int, float]]:
+    """Train whatever of `model` requires a gradient, in place; after each step yield its number, from 1, and the loss.
+
+    `loss` draws a batch from the generator, which `recipe.seed` has set, and returns the loss before the step.
+    """
+    batches = torch.Generator().manual_seed(recipe.seed)
+    descent = optimizer(model, recipe)
+    schedule = LambdaLR(descent, recipe.scale)
+    for step in track(range(1, recipe.steps + 1), recipe.steps):
+        value = loss(batches)
+        descent.zero_grad()
+        torch.autograd.backward(value)
+        nn.utils.clip_grad_norm_((p for group in descent.param_groups for p in group["params"]), recipe.clip)
+        descent.step()
+        schedule.step()
+        yield step, value.item()
+
+
 def train(
     model: nn.Module,
     text: str,
@@ -98,21 +121,16 @@ def train(
     if validation:
         last_start(validation)
     ids = torch.as_tensor(corpus.encode(text))
-    batches = torch.Generator().manual_seed(recipe.seed)
-    descent = optimizer(model, recipe)
-    schedule = LambdaLR(descent, recipe.scale)
     losses, measured, mode = [], [], model.training
+
+    def loss(batches: torch.Generator) -> torch.Tensor:
+        batch = windows_at(ids, torch.randint(starts, (recipe.batch,), generator=batches))
+        return cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
     model.train()
     try:
-        for step in track(range(1, recipe.steps + 1), recipe.steps):
-            batch = windows_at(ids, torch.randint(starts, (recipe.batch,), generator=batches))
-            loss = cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            descent.zero_grad()
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_((p for group in descent.param_groups for p in group["params"]), recipe.clip)
-            descent.step()
-            schedule.step()
-            losses.append(loss.item() / math.log(2))
+        for step, value in descend(model, recipe, loss, optimizer):
+            losses.append(value / math.log(2))
             if validation and (step == recipe.steps or (every and step % every == 0)):
                 measured.append((step, bits_per_character(model, validation)))
     finally:

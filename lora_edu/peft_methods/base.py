@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_edu.config import LoRAConfig
 from lora_edu.inject import STATE as LORA
-from lora_edu.inject import _owners, _put, _stored, _targets
+from lora_edu.inject import _owners, _put, _reader, _stored, _targets
 from lora_edu.layers import LoRALinear
 
 STATE = "_lora_edu_method"  # where a model keeps what `remove` restores
@@ -148,11 +148,10 @@ def linears(model: nn.Module, targets: str | Sequence[str], method: str) -> dict
     """The linear layers that `targets` names, by path, with the rules and the messages of `LoRAConfig`."""
     found: dict[str, nn.Linear] = {}
     for path, layer in _targets(model, LoRAConfig(targets)).items():
-        parent = model.get_submodule(path.rpartition(".")[0])
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{path!r} is a {type(layer).__name__}; {method} goes on nn.Linear.")
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise ValueError(f"{path!r}: nn.{type(parent).__name__} reads this weight directly, past the layer put in.")
+        if reader := _reader(model, path):
+            raise ValueError(f"{path!r}: nn.{reader} reads this weight directly, past the layer put in.")
         if reason := LoRALinear.obstacle(layer):
             raise ValueError(f"{path!r} {reason}.")
         found[path] = layer

@@ -11,6 +11,12 @@ from lora_edu.practice.exercise import Case, Exercise, Mistake, Property, arrays
 
 Maps = dict[str, tuple[int, int]]
 
+
+def _is_whole(got: Any, *args: Any) -> bool:
+    """Whether the answer is one whole number, of whatever type."""
+    return bool(got[0].shape == () and got[0] % 1 == 0)
+
+
 # C9 lora_param_count
 
 
@@ -121,7 +127,7 @@ C9 = Exercise(
         Property(
             "WHOLE",
             "Return one whole number, the sum over all adapted maps.",
-            lambda got, *args: got[0].shape == () and got[0] % 1 == 0,
+            _is_whole,
         ),
         Property(
             "ONE_MAP",
@@ -706,7 +712,7 @@ STEP = Exercise(
         Property(
             "WHOLE",
             "Return one whole number, the FLOPs of all products together.",
-            lambda got, *args: got[0].shape == () and got[0] % 1 == 0,
+            _is_whole,
         ),
         Property(
             "FULL",
