@@ -296,29 +296,70 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(
     assert squares.path.read_text() == first + second
 
 
-def test_a_kill_loses_only_the_row_under_way(tmp_path: Path) -> None:
-    code = """
-import sys, time
+SLOW = """
+import os, sys, time
 from pathlib import Path
 from lora_edu.lab import runs
 runs.FOLDER, runs._refuse_another_corpus = Path(sys.argv[1]), lambda: None
-@runs.experiment([{"x": x} for x in range(3)])
+@runs.experiment([{"x": x} for x in range(4)])
 def slow(config):
     if config["x"] == 2 and sys.argv[2] == "hang":
-        print("ready", flush=True)
+        while len(next(runs.FOLDER.glob("*.jsonl")).read_text().splitlines()) < 2:
+            time.sleep(0.01)
+        print(os.getpid(), flush=True)
         time.sleep(60)
     return {"y": config["x"]}
-runs.run(slow)
+if __name__ == "__main__":
+    runs.run(slow, int(sys.argv[3]))
 """
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen([*command, "hang"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout and process.stdout.readline().strip() == b"ready"
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_kill_loses_only_the_rows_under_way(jobs: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path)]
+    with subprocess.Popen(
+        [*command, "hang", jobs], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout
+        worker = int(process.stdout.readline())
+        assert (worker == process.pid) == (jobs == "1")
         os.kill(process.pid, signal.SIGKILL)
+        assert process.stdout.read() == ""  # returns when the workers, which hold the pipe too, are gone
     (file,) = tmp_path.glob("*.jsonl")
     assert [json.loads(line)["config"]["x"] for line in file.read_text().splitlines()] == [0, 1]
-    done = subprocess.run([*command, "on"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "on", jobs], capture_output=True, text=True, check=True)
     assert '{"x": 2}' in done.stderr and '{"x": 1}' not in done.stderr
-    assert [json.loads(line)["config"]["x"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    assert [json.loads(line)["config"]["x"] for line in file.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_rate_is_chosen_by_the_mean_on_validation_and_a_diverged_one_loses() -> None:
+    numbers = {  # rate: (validation, test) of two seeds
+        ("a", 1): ((2.0, 1.0), (2.0, 3.0)),
+        ("a", 3): ((1.0, 4.0), (2.8, 5.0)),  # the best mean, and neither the best test nor always the best seed
+        ("a", 10): ((0.5, 0.0), (math.nan, 0.0)),
+        ("b", 1): ((3.0, 1.0), (3.0, 1.0)),
+        ("b", 10): ((2.0, 2.0), (2.0, 2.0)),
+    }
+    rows = [
+        {"kind": kind, "size": 7, "rate": rate, "seed": seed, "validation": validation, "test": test}
+        for (kind, rate), pairs in numbers.items()
+        for seed, (validation, test) in enumerate(pairs)
+    ]
+    found = runs.tuned(rows, "kind")
+    assert {kind: (t.rate, t.mean("test"), t.edge) for kind, t in found.items()} == {
+        "a": (3, 4.5, False),
+        "b": (10, 2.0, True),
+    }
+    assert found["a"].spread("test") == pytest.approx(math.sqrt(0.5)) and [*found["a"].sweep] == [1, 3, 10]
+    assert runs.tuned(rows, "kind", "size")["a", 7].rate == 3
+
+
+def test_a_chapters_name_means_all_its_experiments() -> None:
+    assert [e.name for e in runs.of_chapter("chapter02")] == ["chapter02.truncation"]
+    assert [e.name for e in runs.of_chapter("chapter04.cuts")] == ["chapter04.cuts"]
+    with pytest.raises(ValueError, match="there is no experiment 'chapter99'"):
+        runs.of_chapter("chapter99")
 
 
 def test_data_of_another_base_or_another_grid_are_refused_and_renewed(

@@ -1,4 +1,4 @@
-"""python -m lora_edu.lab list | run NAME | pretrain FOLDER"""
+"""python -m lora_edu.lab list | run NAME [--jobs 2] | pretrain FOLDER"""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_edu.lab", description="The laboratory of lora-edu.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the names of the experiments")
-    run = commands.add_parser("run", help="compute what is missing of an experiment's stored runs")
-    run.add_argument("name")
+    run = commands.add_parser("run", help="compute what is missing of the stored runs")
+    run.add_argument("name", help="of an experiment, or of a chapter for all that it has: chapter05")
+    run.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="rows at a time")
     pretrain = commands.add_parser("pretrain", help="make the base model again: base.safetensors and base.json")
     pretrain.add_argument("folder", type=Path, help="where to write; lora_edu/lab replaces the one that is shipped")
     chosen = parser.parse_args(arguments)
@@ -25,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "list":
             print("\n".join(runs.names()))
         elif chosen.command == "run":
-            runs.run(runs.find(chosen.name))
+            for wanted in runs.of_chapter(chosen.name):
+                runs.run(wanted, chosen.jobs)
         else:
             from lora_edu.lab.pretraining import pretrain as make
 

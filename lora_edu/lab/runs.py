@@ -7,6 +7,7 @@ An experiment is a function of a configuration that returns numbers. Its configu
 
 In lora_edu/lab/chapter02.py this is "chapter02.truncation". `python -m lora_edu.lab run chapter02.truncation`
 computes what is missing, `load("chapter02.truncation")` returns it, and `truncation(config)` computes one row.
+`run chapter05 --jobs 2` computes all of a chapter's, two rows at a time.
 
 The data lie in runs/NAME.jsonl: one line for each configuration, with the hash of the base model that made it. What
 an experiment depends on belongs into its configuration: a change of the code alone is not noticed.
@@ -18,10 +19,17 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from math import inf, isfinite
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from statistics import fmean, stdev
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -102,8 +110,13 @@ def load(name: str) -> list[dict[str, Any]]:
     return [{**config, **numbers[_key(config)]} for config in wanted.grid]
 
 
-def run(wanted: Experiment) -> None:
-    """Compute the rows that are missing. Each is stored at once: what a stopped run has finished is kept.
+def of_chapter(name: str) -> list[Experiment]:
+    """The experiment of that name, or all of the chapter of that name."""
+    return [find(known) for known in names() if known.partition(".")[0] == name] or [find(name)]
+
+
+def run(wanted: Experiment, jobs: int = 1) -> None:
+    """Compute the rows that are missing, `jobs` at a time. Each is stored at once: a stopped run keeps what it finished.
 
     Rows of another base model or of a configuration that left the grid are dropped. In the end the rows stand in the
     grid's order, so that a finished file is the same however often it was interrupted.
@@ -114,15 +127,90 @@ def run(wanted: Experiment) -> None:
     _write(wanted, rows)  # what still counts, in whole lines
     missing = [config for config in wanted.grid if _key(config) not in rows]
     start = monotonic()
-    for done, config in enumerate(missing):
-        print(f"{bar(done, len(missing), monotonic() - start)} {json.dumps(config)}", file=sys.stderr, flush=True)
-        numbers = {key: float(f"{value:.6g}") for key, value in wanted(config).items()}
-        if shared := sorted(numbers.keys() & config.keys()):
-            raise ValueError(f"{wanted.name} returns {shared[0]!r}, which is the name of a setting.")
-        rows[_key(config)] = {"base": base, "config": config, "numbers": numbers}
-        with wanted.path.open("a", encoding="utf-8") as file:
-            file.write(_line(rows[_key(config)]))
+    with _computed(wanted, missing, jobs) as results:
+        for done, config in enumerate(missing):
+            print(f"{bar(done, len(missing), monotonic() - start)} {json.dumps(config)}", file=sys.stderr, flush=True)
+            numbers = {key: float(f"{value:.6g}") for key, value in next(results).items()}
+            if shared := sorted(numbers.keys() & config.keys()):
+                raise ValueError(f"{wanted.name} returns {shared[0]!r}, which is the name of a setting.")
+            rows[_key(config)] = {"base": base, "config": config, "numbers": numbers}
+            with wanted.path.open("a", encoding="utf-8") as file:
+                file.write(_line(rows[_key(config)]))
     _write(wanted, rows)
+
+
+@contextmanager
+def _computed(wanted: Experiment, configs: Sequence[Config], jobs: int) -> Iterator[Iterator[Numbers]]:
+    """The numbers of each configuration, in order; with several jobs, each in a process of its own."""
+    if jobs == 1:
+        yield map(wanted, configs)
+        return
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_leave_with_parent)
+    try:
+        yield pool.map(partial(_row, wanted.function.__module__, wanted.function.__name__), configs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _row(module: str, name: str, config: Config) -> Numbers:
+    wanted: Experiment = getattr(import_module(module), name)  # its function hides behind it and cannot be pickled
+    return wanted(config)
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for work forever."""
+
+    def leave() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    Thread(target=leave, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A setting at the learning rate that is best for it on the validation text, with its rows, one for each seed.
+
+    `sweep` has the rows of every rate tried. `edge` says that the best is the first or the last of them: a better one
+    may lie beyond.
+    """
+
+    rate: float
+    rows: list[dict[str, Any]]
+    sweep: dict[float, list[dict[str, Any]]]
+
+    @property
+    def edge(self) -> bool:
+        return self.rate in (min(self.sweep), max(self.sweep))
+
+    def mean(self, number: str) -> float:
+        """Over the seeds."""
+        return fmean(row[number] for row in self.rows)
+
+    def spread(self, number: str) -> float:
+        """The sample standard deviation over the seeds."""
+        return stdev(row[number] for row in self.rows)
+
+
+def tuned(rows: Sequence[Mapping[str, Any]], *by: str) -> dict[Any, Tuned]:
+    """For every value of the settings `by` (a tuple where there are several) its best learning rate, by validation.
+
+    What decides is the mean over the seeds. A rate at which a seed diverged loses.
+    """
+    sweeps: dict[Any, dict[float, list[dict[str, Any]]]] = {}
+    for row in rows:
+        key = row[by[0]] if len(by) == 1 else tuple(row[name] for name in by)
+        sweeps.setdefault(key, {}).setdefault(row["rate"], []).append(dict(row))
+    return {
+        key: Tuned(rate := min(sweep, key=lambda rate: _loss(sweep[rate])), sweep[rate], sweep)
+        for key, sweep in sweeps.items()
+    }
+
+
+def _loss(rows: Sequence[Mapping[str, Any]]) -> float:
+    loss = fmean(row["validation"] for row in rows)
+    return loss if isfinite(loss) else inf
 
 
 def _chapters() -> list[str]:

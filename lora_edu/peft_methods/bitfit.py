@@ -12,7 +12,8 @@ from lora_edu.peft_methods.base import Method
 class BitFit(Method):
     """y = W x + b' with W frozen: every bias trains, those of the norms too.
 
-    The bias of the keys has no effect: it adds the same to the score of every key, which softmax does not see.
+    The bias of the keys has no effect: it adds the same to the score of every key, which softmax does not see. (With
+    rotary positions, which turn each key by its place, it has one.)
     Parameters: `lora_edu.cost.bitfit_parameters`. It starts as the base, exactly. Raises ValueError for a model without
     biases, such as one of the Llama family.
 
