@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lora_edu import cost
 from lora_edu.lab import corpus
 
 HERE = Path(__file__).parent
@@ -107,6 +108,11 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.decode(self.embed(ids))
+
+
+def shape(d: int = 128) -> cost.Shape:
+    """The sizes of `GPT(d)`, as `lora_edu.cost` wants them."""
+    return cost.Shape(d, 4 * d, 4, len(corpus.CHARACTERS), heads=4, gated=False, biases=True, positions=CONTEXT)
 
 
 @torch.no_grad()
