@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as ipw
@@ -38,30 +39,22 @@ def rank_slider(image: ArrayLike, start: int = 20) -> Explorer:
     m, n = M.shape
     limit = lowrank.break_even_rank(m, n)
 
-    def words(k: int) -> str:
+    def words() -> str:
+        k = slider.value
         error = lowrank.tail_norm(s, k) / lowrank.tail_norm(s, 0)
         verdict = "smaller than the picture" if k <= limit else "larger than the picture itself"
         return f"rank {k}: error {error:.1%}, stores {k * (m + n):,} numbers of {m * n:,}: {verdict}"
 
-    def draw(k: int) -> bytes:
+    def draw() -> bytes:
+        k = slider.value
         fig, ax = plt.subplots(figsize=(5.6, 4.0))
         figures.picture(ax, (U[:, :k] * s[:k]) @ Vt[:k], f"rank {k}")
         data = figures.png(fig)
         plt.close(fig)
         return data
 
-    def tag(k: int) -> str:
-        return _img(draw(k), f"The image at rank {k}")
-
     slider = ipw.IntSlider(value=start, min=1, max=min(m, n), description="rank", continuous_update=False)
-    label, picture = ipw.HTML(value=words(start)), ipw.HTML(value=tag(start))
-
-    def update(change: Any) -> None:
-        label.value = words(change["new"])
-        picture.value = tag(change["new"])
-
-    slider.observe(update, names="value")
-    return Explorer([slider, label, picture], draw(start), f"A rank slider over the image, standing at {words(start)}.")
+    return _explorer([slider], words, draw, lambda: f"The image at rank {slider.value}", "A rank slider over the image")
 
 
 def cost_calculator() -> Explorer:
@@ -110,17 +103,84 @@ def cost_calculator() -> Explorer:
         plt.close(fig)
         return data
 
-    label, picture = ipw.HTML(), ipw.HTML()
+    return _explorer(
+        [model, rank, targets, recipe],
+        words,
+        draw,
+        lambda: f"Bars of training memory: {words()}",
+        "A calculator of what LoRA costs",
+    )
+
+
+def knob_explorer(rows: Sequence[Mapping[str, Any]]) -> Explorer:
+    """Rank, alpha and targets of stored LoRA runs: bits against numbers trained, each point at its best rate.
+
+    `rows` are those of the experiment chapter05.explorer, with r, alpha, on, rate, validation, code and manual.
+    """
+    from lora_edu.lab import chapter05
+    from lora_edu.lab.model import shape
+    from lora_edu.lab.runs import tuned
+
+    points = tuned(rows, "on", "r", "alpha")
+    places, ranks, alphas = ([*dict.fromkeys(values)] for values in zip(*points, strict=True))
+    trained = {(on, r): cost.lora_parameters(shape(), r, chapter05.ON[on]) for on in places for r in ranks}
+    rank = ipw.SelectionSlider(options=ranks, value=8, description="rank", continuous_update=False)
+    alpha = ipw.SelectionSlider(options=alphas, value=16, description="alpha", continuous_update=False)
+    targets = ipw.Dropdown(options=places, value="all", description="targets")
+
+    def words() -> str:
+        found = points[targets.value, rank.value, alpha.value]
+        tried = " and ".join(f"{rate:g}" for rate in found.sweep)
+        return (
+            f"rank {rank.value}, alpha {alpha.value}, targets {targets.value}: trains "
+            f"{trained[targets.value, rank.value]:,} numbers, best at rate {found.rate:g} of {tried}, "
+            f"{found.mean('code'):.3f} bits on code (spread {found.spread('code'):.3f}), "
+            f"{found.mean('manual'):.3f} on the manual"
+        )
+
+    def draw() -> bytes:
+        fig, ax = plt.subplots(figsize=(7.0, 3.2))
+        lines = zip(places, ("o:", "s--", "^-"), ("vermilion", "green", "blue"), strict=True)
+        for on, line, color in lines:
+            bits = [points[on, r, alpha.value].mean("code") for r in ranks]
+            ax.plot([trained[on, r] for r in ranks], bits, line, color=figures.COLORS[color], label=on)
+        here = trained[targets.value, rank.value], points[targets.value, rank.value, alpha.value].mean("code")
+        ax.plot(*here, "o", markersize=14, markerfacecolor="none", color="black")
+        every = [point.mean("code") for point in points.values()]
+        ax.set(title=f"Short LoRA runs at alpha {alpha.value}", xlabel="numbers trained", xscale="log")
+        ax.set(ylabel="bits per character, test", ylim=(min(every) - 0.05, max(every) + 0.05))
+        ax.legend(title="targets")
+        data = figures.png(fig)
+        plt.close(fig)
+        return data
+
+    return _explorer(
+        [rank, alpha, targets],
+        words,
+        draw,
+        lambda: f"Bits against numbers trained: {words()}",
+        "An explorer of rank, alpha and targets",
+    )
+
+
+def _explorer(
+    controls: list[ipw.Widget],
+    words: Callable[[], str],
+    draw: Callable[[], bytes],
+    alt: Callable[[], str],
+    title: str,
+) -> Explorer:
+    """The controls, a line of `words` and a picture by `draw`, both made anew when a control moves."""
+    label, image = ipw.HTML(), ipw.HTML()
 
     def update(change: Any = None) -> None:
         label.value = words()
-        picture.value = _img(draw(), f"Bars of training memory: {words()}")
+        image.value = _img(draw(), alt())
 
-    controls = [model, rank, targets, recipe]
     for control in controls:
         control.observe(update, names="value")
     update()
-    return Explorer([*controls, label, picture], draw(), f"A calculator of what LoRA costs, standing at {words()}.")
+    return Explorer([*controls, label, image], draw(), f"{title}, standing at {words()}.")
 
 
 def _img(png: bytes, alt: str) -> str:

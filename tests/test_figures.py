@@ -88,3 +88,32 @@ def test_the_slider_shows_error_and_storage_of_its_rank() -> None:
 def test_the_slider_refuses_what_is_no_image() -> None:
     with pytest.raises(ValueError, match="NaN"):
         widgets.rank_slider(np.full((3, 3), np.nan))
+
+
+def test_the_explorer_shows_the_run_that_was_best_on_validation() -> None:
+    pytest.importorskip("torch")
+    rows = [
+        {
+            "r": r,
+            "alpha": alpha,
+            "on": on,
+            "rate": rate,
+            "seed": seed,
+            "validation": rate,
+            "code": r + rate,
+            "manual": alpha,
+        }
+        for r in (2, 8)
+        for alpha in (4, 16)
+        for on in ("q, v", "mlp", "all")
+        for rate in (1.0, 3.0)
+        for seed in (0, 1)
+    ]
+    box = widgets.knob_explorer(rows)
+    rank, alpha, targets, label, picture = box.children
+    first = picture.value
+    assert "rank 8, alpha 16, targets all: trains 73,728 numbers, best at rate 1 of 1 and 3, 9.000 bits" in label.value
+    targets.value, rank.value, alpha.value = "q, v", 2, 4
+    assert "targets q, v: trains 4,096 numbers, best at rate 1 of 1 and 3, 3.000 bits on code" in label.value
+    assert "4.000 on the manual" in label.value and picture.value != first and label.value in picture.value
+    assert "rank 8, alpha 16, targets all" in repr(box), "the static view stands at the start"

@@ -41,12 +41,15 @@ class Attention(nn.Module):
         """(n, t, d) -> (n, h, t, d / h)"""
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
-        t = x.shape[1]
-        later = x.new_full((t, t), -math.inf).triu(1)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + later).softmax(-1)  # (n, h, t, t)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of p + t keys and values in each head the first p are seen by all of t queries.  -> (n, t, d)"""
+        t, p = q.shape[2], k.shape[2] - q.shape[2]
+        later = q.new_full((t, p + t), -math.inf).triu(p + 1)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + later).softmax(-1)  # (n, h, t, p + t)
         return self.o_proj((weights @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*(self.split(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj)))
 
 
 class MLP(nn.Module):

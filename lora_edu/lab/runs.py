@@ -203,7 +203,7 @@ def tuned(rows: Sequence[Mapping[str, Any]], *by: str) -> dict[Any, Tuned]:
         key = row[by[0]] if len(by) == 1 else tuple(row[name] for name in by)
         sweeps.setdefault(key, {}).setdefault(row["rate"], []).append(dict(row))
     return {
-        key: Tuned(rate := min(sweep, key=lambda rate: _loss(sweep[rate])), sweep[rate], sweep)
+        key: Tuned(rate := min(sweep, key=lambda rate: _loss(sweep[rate])), sweep[rate], dict(sorted(sweep.items())))
         for key, sweep in sweeps.items()
     }
 

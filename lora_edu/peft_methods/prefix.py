@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from lora_edu.lab.model import Attention
 from lora_edu.peft_methods.base import Method, Wrapped
@@ -25,12 +24,11 @@ class PrefixedAttention(Wrapped):
         self.values = nn.Parameter(self.new(*values.shape) + values)
 
     def forward(self, x: Tensor) -> Tensor:
-        attn, (n, t, _), p = self.base_layer, x.shape, self.keys.shape[1]
-        q, k, v = attn.split(attn.q_proj(x)), attn.split(attn.k_proj(x)), attn.split(attn.v_proj(x))
+        attn, n = self.base_layer, len(x)
+        q, k, v = (attn.split(project(x)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
         k = torch.cat([self.keys.to(k.dtype).expand(n, -1, -1, -1), k], 2)
         v = torch.cat([self.values.to(v.dtype).expand(n, -1, -1, -1), v], 2)
-        seen = torch.ones(t, p + t, dtype=torch.bool, device=x.device).tril(p)
-        return attn.o_proj(scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+        return attn.attend(q, k, v)
 
 
 class Prefix(Method):
