@@ -135,6 +135,9 @@ def test_the_parts_come_in_order(notebook: Notebook) -> None:
         warm_up = notebook.cells[notebook.position("## Warm-up")]["text"]
         assert len(re.findall(r"^\d\. .*<details><summary>Answer</summary>", warm_up, re.MULTILINE)) >= 3
     assert order == sorted(order)
+    controls = notebook.cells[order[-3]]["text"]
+    assert re.search(r"\*\*[^*]+\?\*\*", controls), "a control is a question and the cell that answers it"
+    assert not re.search(r"\b[A-Z]{8,}\b", "".join(c["text"] for c in notebook.cells if c["cell_type"] == "markdown"))
 
 
 @of_chapters
