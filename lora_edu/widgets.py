@@ -9,6 +9,7 @@ from typing import Any
 import ipywidgets as ipw
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from lora_edu import cost, figures, lowrank
@@ -45,13 +46,11 @@ def rank_slider(image: ArrayLike, start: int = 20) -> Explorer:
         verdict = "smaller than the picture" if k <= limit else "larger than the picture itself"
         return f"rank {k}: error {error:.1%}, stores {k * (m + n):,} numbers of {m * n:,}: {verdict}"
 
-    def draw() -> bytes:
+    def draw() -> Figure:
         k = slider.value
         fig, ax = plt.subplots(figsize=(5.6, 4.0))
         figures.picture(ax, (U[:, :k] * s[:k]) @ Vt[:k], f"rank {k}")
-        data = figures.png(fig)
-        plt.close(fig)
-        return data
+        return fig
 
     slider = ipw.IntSlider(value=start, min=1, max=min(m, n), description="rank", continuous_update=False)
     return _explorer([slider], words, draw, lambda: f"The image at rank {slider.value}", "A rank slider over the image")
@@ -85,7 +84,7 @@ def cost_calculator() -> Explorer:
             f"takes {lora:,.1f} GB of memory where full fine-tuning takes {full:,.1f} GB, before activations"
         )
 
-    def draw() -> bytes:
+    def draw() -> Figure:
         fig, ax = plt.subplots(figsize=(7.0, 2.2))
         _, _, memory = numbers()
         left = np.zeros(len(memory))
@@ -99,9 +98,7 @@ def cost_calculator() -> Explorer:
         ax.margins(x=0.12)
         ax.set(title=f"Training {model.value}, before activations", xlabel="GB", ylabel="recipe")
         ax.legend()
-        data = figures.png(fig)
-        plt.close(fig)
-        return data
+        return fig
 
     return _explorer(
         [model, rank, targets, recipe],
@@ -138,7 +135,7 @@ def knob_explorer(rows: Sequence[Mapping[str, Any]]) -> Explorer:
             f"{found.mean('manual'):.3f} on the manual"
         )
 
-    def draw() -> bytes:
+    def draw() -> Figure:
         fig, ax = plt.subplots(figsize=(7.0, 3.2))
         lines = zip(places, ("o:", "s--", "^-"), ("vermilion", "green", "blue"), strict=True)
         for on, line, color in lines:
@@ -150,9 +147,7 @@ def knob_explorer(rows: Sequence[Mapping[str, Any]]) -> Explorer:
         ax.set(title=f"Short LoRA runs at alpha {alpha.value}", xlabel="numbers trained", xscale="log")
         ax.set(ylabel="bits per character, test", ylim=(min(every) - 0.05, max(every) + 0.05))
         ax.legend(title="targets")
-        data = figures.png(fig)
-        plt.close(fig)
-        return data
+        return fig
 
     return _explorer(
         [rank, alpha, targets],
@@ -166,21 +161,23 @@ def knob_explorer(rows: Sequence[Mapping[str, Any]]) -> Explorer:
 def _explorer(
     controls: list[ipw.Widget],
     words: Callable[[], str],
-    draw: Callable[[], bytes],
+    draw: Callable[[], Figure],
     alt: Callable[[], str],
     title: str,
 ) -> Explorer:
     """The controls, a line of `words` and a picture by `draw`, both made anew when a control moves."""
     label, image = ipw.HTML(), ipw.HTML()
 
-    def update(change: Any = None) -> None:
-        label.value = words()
-        image.value = _img(draw(), alt())
+    def update(change: Any = None) -> bytes:
+        fig = draw()
+        data = figures.png(fig)
+        plt.close(fig)
+        label.value, image.value = words(), _img(data, alt())
+        return data
 
     for control in controls:
         control.observe(update, names="value")
-    update()
-    return Explorer([*controls, label, image], draw(), f"{title}, standing at {words()}.")
+    return Explorer([*controls, label, image], update(), f"{title}, standing at {words()}.")
 
 
 def _img(png: bytes, alt: str) -> str:

@@ -58,8 +58,17 @@ def change(model: GPT) -> dict[str, torch.Tensor]:
     return {name: W.detach() - before[name].detach() for name, W in matrices(model).items()}
 
 
+def quality(model: GPT, run: Run) -> Numbers:
+    """Bits per character on code (validation and test) and on the manual (test), which the base model knows."""
+    return {
+        "validation": run.validation[-1][1],
+        "code": bits_per_character(model, corpus.load("code").test),
+        "manual": bits_per_character(model, corpus.load("manual").test),
+    }
+
+
 def measure(model: GPT, run: Run) -> Numbers:
-    """Bits per character on code (validation and test) and on the manual (test), and how far the projections moved.
+    """`quality`, and how far the projections moved.
 
     change_norm is the mean over the 24 projections of |dW|_F / |W0|_F, change_top of the largest singular values.
     """
@@ -68,9 +77,7 @@ def measure(model: GPT, run: Run) -> Numbers:
     norms = [(moved[n].norm() / W.norm()).item() for n, W in before.items()]
     tops = [(torch.linalg.matrix_norm(moved[n], 2) / torch.linalg.matrix_norm(W, 2)).item() for n, W in before.items()]
     return {
-        "validation": run.validation[-1][1],
-        "code": bits_per_character(model, corpus.load("code").test),
-        "manual": bits_per_character(model, corpus.load("manual").test),
+        **quality(model, run),
         "change_norm": sum(norms) / len(norms),
         "change_top": sum(tops) / len(tops),
     }

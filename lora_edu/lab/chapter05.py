@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lora_edu.lab import corpus
-from lora_edu.lab.chapter04 import SEEDS, grid
-from lora_edu.lab.model import GPT, TARGETS, bits_per_character, load_base
+from lora_edu.lab.chapter04 import SEEDS, grid, quality
+from lora_edu.lab.model import GPT, TARGETS, load_base
 from lora_edu.lab.runs import Config, Numbers, experiment
 from lora_edu.lab.training import Recipe, Run, train
 from lora_edu.peft_methods import LoRA, PiSSA, RsLoRA, loraplus_groups
@@ -47,13 +47,8 @@ def fine_tune(config: Config) -> tuple[GPT, Run]:
 
 
 def measure(config: Config) -> Numbers:
-    """Bits per character on code (validation and test) and on the manual (test), which the base model knows."""
-    model, run = fine_tune(config)
-    return {
-        "validation": run.validation[-1][1],
-        "code": bits_per_character(model, corpus.load("code").test),
-        "manual": bits_per_character(model, corpus.load("manual").test),
-    }
+    """`chapter04.quality` of one run."""
+    return quality(*fine_tune(config))
 
 
 @experiment(

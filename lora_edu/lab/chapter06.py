@@ -14,7 +14,7 @@ from lora_edu.inject import parameter_report
 from lora_edu.lab import chapter04, chapter05, corpus
 from lora_edu.lab.chapter04 import SEEDS, grid
 from lora_edu.lab.chapter05 import BASIC
-from lora_edu.lab.model import GPT, TARGETS, bits_per_character, load_base, shape
+from lora_edu.lab.model import GPT, TARGETS, load_base, shape
 from lora_edu.lab.runs import Config, Numbers, Tuned, experiment, load, tuned
 from lora_edu.lab.training import Recipe, Run, adamw, train
 from lora_edu.peft_methods import METHODS, AdaLoRA, Method, VeRA
@@ -83,12 +83,7 @@ def methods(config: Config) -> Numbers:
     `trained` counts what trains; AdaLoRA's rows add the mean rank left on each kind of map, rank_q_proj to rank_down_proj.
     """
     model, run, chosen = fine_tune(config)
-    numbers = {
-        "trained": parameter_report(model).trainable,
-        "validation": run.validation[-1][1],
-        "code": bits_per_character(model, corpus.load("code").test),
-        "manual": bits_per_character(model, corpus.load("manual").test),
-    }
+    numbers: Numbers = {"trained": parameter_report(model).trainable, **chapter04.quality(model, run)}
     if isinstance(chosen, AdaLoRA):
         ranks = chosen.ranks(model)
         for name in TARGETS:
@@ -111,7 +106,7 @@ def few(config: Config) -> Numbers:
 @experiment(grid(method="adalora", size=8, steps=STEPS, orthogonal=0.0, rate=(1e-2, 3e-2, 1e-1), seed=SEEDS))
 def orthogonality(config: Config) -> Numbers:
     """AdaLoRA without the term that drives P and Q towards orthogonal."""
-    return dict(methods(config))
+    return methods(config)
 
 
 @experiment(grid(method="full", r=8, steps=STEPS, rate=(6e-4, 1.7e-3), seed=SEEDS))

@@ -96,10 +96,11 @@ def load(name: str) -> list[dict[str, Any]]:
     wanted = find(name)
     rows = _read(wanted)
     base, have = _base(), {_key(row["config"]) for row in rows}
+    known = set(map(_key, wanted.grid))
     renew = f"renew the stored runs: {wanted.command}"
     if old := next((row["base"] for row in rows if row["base"] != base), None):
         raise ValueError(f"{name} was computed with the base model {old} and the base model is {base}; {renew}")
-    if gone := next((row["config"] for row in rows if _key(row["config"]) not in map(_key, wanted.grid)), None):
+    if gone := next((row["config"] for row in rows if _key(row["config"]) not in known), None):
         raise ValueError(f"{name}: the grid has changed and holds {json.dumps(gone)} no longer; {renew}")
     if missing := [config for config in wanted.grid if _key(config) not in have]:
         raise ValueError(
