@@ -167,7 +167,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for layer in layers.values():
             layer.enabled = False
         for name, original in state.originals.items():  # other memory, so that autograd's saved tensors stay valid
-            stored[name].data = original.clone()
+            stored[name].data = torch.empty_like(stored[name]).copy_(original)  # wherever the model is by now
         yield model
     finally:
         for layer, was in enabled.items():

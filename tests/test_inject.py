@@ -349,6 +349,19 @@ def test_a_pass_from_before_a_disabled_block_can_be_differentiated_after_it() ->
     assert model.head.weight.grad is not None and torch.equal(reference, base()(IDS))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_converted_after_it_was_adapted_is_switched_off_and_restored(merged: bool) -> None:
+    model, plain = randomised(add_lora(base(), CONFIGS["head"])).eval(), base().eval().double()
+    if merged:
+        merge_lora(model)
+    model.double()
+    y = model(IDS)
+    with disabled(model):
+        assert torch.equal(model(IDS), plain(IDS))
+    torch.testing.assert_close(model(IDS), y)
+    assert torch.equal(remove_lora(model)(IDS), plain(IDS))
+
+
 def test_a_shared_block_is_adapted_once_and_merges() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model = add_lora(nn.Sequential(block, block), LoRAConfig(["0.0"], r=2)).eval()
