@@ -6,7 +6,7 @@ z = x A^T (..., r) is the bottleneck.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor 
 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
+    if torch.is_autocast_enabled(x.device.type):  # the casts that it would make, before a step that it does not know
+        low = torch.get_autocast_dtype(x.device.type)
+        x, W, A, B = (t if t.dtype == torch.float64 else t.to(low) for t in (x, W, A, B))
+        b = None if b is None else b.to(x.dtype)
     if _may_fuse(x, W, A, B, b):
         return _fused(x, W, A, B, s, b, None)
     return plain_lora_linear(x, W, A, B, s, b)
@@ -33,7 +37,12 @@ def plain_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: T
     Where the base has a lower precision than A and B, the update and the sum are computed in theirs and rounded once.
     """
     y = linear(x, W, b)
-    return (y + s * linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
+    return (y + s * linear(linear(cast_to(A, x), A), B)).to(y.dtype)
+
+
+def cast_to(A: Tensor, x: Tensor) -> Tensor:
+    """x in the dtype of A. Under autocast x itself: that casts both, and maps that share x keep one copy of it."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
 
 
 def dora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, f: Tensor, b: Tensor | None = None) -> Tensor:
@@ -43,7 +52,7 @@ def dora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, f: Tensor,
 
     Source: Liu et al. 2024 (arXiv 2402.09353), equations 5 and 11.
     """
-    if _may_fuse(x, W, A, B, b):
+    if _may_fuse(x, W, A, B, b) and not torch.is_autocast_enabled(x.device.type):  # which would round f
         return _fused(x, W, A, B, s, b, f)
     y = f * plain_lora_linear(x, W, A, B, s)
     return y if b is None else y + b
@@ -61,27 +70,31 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor | None, f: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, W, A, B, f)
-        ctx.s, ctx.z, ctx.u = s, torch.mm(x, A.t()), None
-        if f is None:
-            return _added(x, W, ctx.z, B, s, b)
-        ctx.u = u = _added(x, W, ctx.z, B, s)
-        return u * f if b is None else torch.addcmul(b, u, f)
+        ctx.s, z = s, torch.mm(x, A.t())
+        u: Any = _added(x, W, z, B, s, b if f is None else None)
+        kept = (z, None if f is None else u)
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # checkpoints, offloads, counts
+        ctx.save_for_backward(x, W, A, B, f, *(kept if hooked else ()))
+        ctx.kept = None if hooked else kept  # may be let go early and written over
+        return u if f is None else u * f if b is None else torch.addcmul(b, u, f)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, W, A, B, f = ctx.saved_tensors
+        x, W, A, B, f, *saved = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        z, u = cast(Any, ctx.kept or saved or (None, None))
+        own, ctx.kept = ctx.kept is not None and not torch.is_grad_enabled(), None
         # Computed again for second derivatives, which stored ones would get wrong, and for a second backward pass.
-        again = ctx.z is None or torch.is_grad_enabled()
+        if z is None or torch.is_grad_enabled():
+            z = torch.mm(x, A.t())
+            u = None if f is None else _added(x, W, z, B, ctx.s)
         df = dB = None
         if f is not None:
-            u = _added(x, W, torch.mm(x, A.t()), B, ctx.s) if again else ctx.u
-            df = torch.mv((g * u if again else u.mul_(g)).t(), g.new_ones(len(g)))
-            g = g * f if again else torch.mul(g, f, out=u)  # in the memory of u, which is needed no more
+            df = torch.mv((u.mul_(g) if own else g * u).t(), g.new_ones(len(g)))
+            g = torch.mul(g, f, out=u) if own else g * f
         if needs_B:
-            dB = _thin(g.t(), torch.mm(x, A.t()) if again else ctx.z).mul_(ctx.s)
-        ctx.z = ctx.u = u = None  # freed before dz and dx are made: the peak is lower
+            dB = _thin(g.t(), z).mul_(ctx.s)
+        z = u = saved = None  # freed before dz and dx are made: the peak is lower
         dz = _thin(g, B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
         dA = torch.mm(dz.t(), x) if needs_A else None
         dx = torch.mm(g, W).addmm_(dz, A) if needs_x else None
@@ -101,8 +114,7 @@ def _may_fuse(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None) -> b
     frozen = not (W.requires_grad or (b is not None and b.requires_grad))
     one_dtype = x.dtype == W.dtype == A.dtype == B.dtype and x.is_floating_point()
     transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, functional grad
-    watched = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # by who offloads or counts
-    return frozen and one_dtype and not transformed and not watched and not torch.is_autocast_enabled(x.device.type)
+    return frozen and one_dtype and not transformed
 
 
 def delta(A: Tensor, B: Tensor, s: float) -> Tensor:

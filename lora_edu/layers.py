@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_edu.config import finite_alpha, probability, whole_rank
-from lora_edu.functional import accumulate, delta, dora_linear, dora_norm, lora_linear
+from lora_edu.functional import accumulate, cast_to, delta, dora_linear, dora_norm, lora_linear
 
 
 class LoRALayer(nn.Module):
@@ -181,7 +181,7 @@ class LoRALinear(LoRALayer):
         if dropped is x and not _has_hooks(self.base_layer):
             return lora_linear(x, W, A, B, s, b)
         y = self.base_layer(x)
-        return (y + s * self.lora_B(self.lora_A(dropped.to(A.dtype)))).to(y.dtype)
+        return (y + s * self.lora_B(self.lora_A(cast_to(A, dropped)))).to(y.dtype)
 
     def _dora(self, x: Tensor, m: Tensor) -> Tensor:
         W, A, B, s, b = self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, self.base_layer.bias
@@ -191,7 +191,7 @@ class LoRALinear(LoRALayer):
             return dora_linear(x, W, A, B, s, factor, b)
         # In the dtype of A, rounded once: in bfloat16 the factor itself would be rounded to 1.
         y, through = self.base_layer(x), F.linear(dropped, W).to(A.dtype)
-        update = s * self.lora_B(self.lora_A(dropped.to(A.dtype)))
+        update = s * self.lora_B(self.lora_A(cast_to(A, dropped)))
         return (y + (factor - 1) * through + factor * update).to(y.dtype)
 
     def _norm(self) -> Tensor:
@@ -292,7 +292,7 @@ class LoRAConv2d(LoRALayer):
         y = self.base_layer(x)
         if self._plain():
             return y
-        x = self.lora_dropout(x).to(self.lora_A.weight.dtype)
+        x = cast_to(self.lora_A.weight, self.lora_dropout(x))
         return (y + self.scaling * self.lora_B(self.lora_A(x))).to(y.dtype)
 
     def delta(self) -> Tensor:

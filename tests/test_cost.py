@@ -20,9 +20,10 @@ from peft import get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM  # noqa: E402
 
 from lora_edu import LoRAConfig, add_lora, cost, functional, parameter_report, save_adapter, widgets  # noqa: E402
+from lora_edu.lab.at_scale import llama  # noqa: E402
 
 LLAMA_7B = cost.SHAPES["Llama-2-7B"]
 GROUPED = cost.Shape(hidden=24, intermediate=40, layers=2, vocab=11, heads=6, kv_heads=2)
@@ -99,19 +100,6 @@ def on_meta(shape: cost.Shape) -> nn.Module:
             sizes = {"n_embd": shape.hidden, "n_layer": shape.layers, "n_head": shape.heads}
             return GPT2LMHeadModel(GPT2Config(vocab_size=shape.vocab, n_positions=shape.positions, **sizes))
         return LlamaForCausalLM(llama(shape))
-
-
-def llama(shape: cost.Shape) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        vocab_size=shape.vocab,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads or shape.heads,
-        head_dim=shape.head_dim or shape.hidden // shape.heads,
-        tie_word_embeddings=shape.tied,
-    )
 
 
 def count(model: nn.Module, *endings: str) -> int:

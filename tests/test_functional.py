@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from lora_edu.functional import _Fused, delta, dora_linear, dora_norm, lora_linear, plain_lora_linear  # noqa: E402
 
@@ -108,16 +109,56 @@ def test_nothing_of_the_size_of_the_output_is_kept_for_the_backward_pass(fused_c
     y = lora_linear(*args)
     node = y.grad_fn.next_functions[0][0]  # below the view
     assert fused_calls and {t.data_ptr() for t in node.saved_tensors if t is not None} <= own
-    assert node.z.shape == (64, 4)  # z is kept beside them, and let go in the backward pass
+    assert [t.shape for t in node.kept if t is not None] == [(64, 4)]  # z, let go in the backward pass
     y.sum().backward()
-    assert node.z is None
+    assert node.kept is None
 
 
-def test_hooks_on_saved_tensors_see_the_bottleneck(fused_calls: list[int]) -> None:
+@pytest.mark.parametrize("function", PLAIN)
+def test_hooks_on_saved_tensors_see_all_that_is_kept(function: Any, fused_calls: list[int]) -> None:
+    args = factors((64, 16), 24, 4) if function is lora_linear else with_factor(factors((64, 16), 24, 4))
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(*factors((64, 16), 24, 4))
-    assert not fused_calls and (64, 4) in [t.shape for t in kept]
+        y = function(*args)
+    seen = {t.shape for t in kept}
+    assert fused_calls and (64, 4) in seen and ((64, 24) in seen) == (function is dora_linear)
+    assert y.grad_fn.next_functions[0][0].kept is None
+    g = torch.randn_like(y)
+    wanted = torch.autograd.grad(PLAIN[function](*args), leaves, g)
+    for _ in range(2):  # nothing that a hook has seen is written over
+        for a, b in zip(torch.autograd.grad(y, leaves, g, retain_graph=True), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_it_is_fused_in_a_checkpoint_and_keeps_nothing_there(reentrant: bool, fused_calls: list[int]) -> None:
+    args = factors((64, 16), 24, 4)
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    y = checkpoint(lambda x: lora_linear(x, *args[1:]).tanh(), args[0], use_reentrant=reentrant)
+    wanted = torch.autograd.grad(plain_lora_linear(*args).tanh().sum(), leaves)
+    y.sum().backward()
+    for a, b in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(a.grad, b)
+    assert len(fused_calls) == 2
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_is_fused_in_the_low_precision_with_gradients_in_the_high(
+    base: Any, fused_calls: list[int]
+) -> None:
+    x, W, A, B, s, b = factors((3, 8, 4), 5, 2, dtype=torch.float32)
+    x, W, b = x.detach().to(base).requires_grad_(), W.to(base), b.to(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, W, A, B, s, b)
+        wanted = plain_lora_linear(x, W, A, B, s, b)
+    assert fused_calls and y.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(y, wanted, rtol=0.03, atol=0.03)
+    g = torch.randn_like(y)
+    for leaf, a, c in zip(
+        (x, A, B), torch.autograd.grad(y, (x, A, B), g), torch.autograd.grad(wanted, (x, A, B), g), strict=True
+    ):
+        assert a.dtype == leaf.dtype and (a - c).norm() < 0.02 * c.norm()
 
 
 def test_it_falls_back_where_it_must(fused_calls: list[int]) -> None:
@@ -130,8 +171,6 @@ def test_it_falls_back_where_it_must(fused_calls: list[int]) -> None:
     x, W, A, B, s, b = factors((3, 4), 5, 2, dtype=torch.float32)
     half = [x.bfloat16().detach(), W.bfloat16(), A, B, s, b.bfloat16()]
     assert lora_linear(*half).dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert lora_linear(x, W, A, B, s, b).dtype == torch.bfloat16
     rows = torch.vmap(lambda row: lora_linear(row, W, A, B, s, b))(x)
     torch.testing.assert_close(rows, plain_lora_linear(x, W, A, B, s, b))
     assert not fused_calls

@@ -17,8 +17,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lora_edu import LoRAConfig, add_lora, parameter_report  # noqa: E402
-from lora_edu.lab import corpus, model, runs  # noqa: E402
+from lora_edu import LoRAConfig, add_lora, cost, parameter_report  # noqa: E402
+from lora_edu.lab import at_scale, corpus, model, runs  # noqa: E402
 from lora_edu.lab.model import GPT, TARGETS, bits_per_character, generate, load_base, provenance  # noqa: E402
 from lora_edu.lab.progress import track  # noqa: E402
 from lora_edu.lab.training import Recipe, choose_rate, train  # noqa: E402
@@ -385,6 +385,21 @@ def test_data_of_another_base_or_another_grid_are_refused_and_renewed(
     fewer.path.write_text("{\n")
     with pytest.raises(ValueError, match="damaged; delete it"):
         runs.load(squares.name)
+
+
+def test_the_costs_stored_at_seven_billion_are_complete_and_those_of_the_ledger() -> None:
+    rows = at_scale.load()
+    assert [(row["repeat"], row["case"]) for row in rows] == [
+        (repeat, case) for repeat in range(at_scale.REPEATS) for case in at_scale.CASES
+    ]
+    for row in rows:
+        recipe, r, targets = at_scale.CASES[row["case"]]
+        adapter = cost.lora_parameters(at_scale.SHAPE, r, targets) if r else 0
+        assert row["parameters"] == cost.parameters(at_scale.SHAPE) + adapter
+        if recipe:
+            wanted = cost.training_memory(recipe, cost.parameters(at_scale.SHAPE), adapter)
+            assert [row[part] for part in ("weights", "gradients")] == [wanted.weights, wanted.gradients]
+            assert 0 <= row["optimizer"] - wanted.optimizer < 4096  # one step count a tensor
 
 
 def test_every_stored_grid_is_complete_and_made_with_the_shipped_base() -> None:

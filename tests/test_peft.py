@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -25,6 +26,7 @@ from lora_edu import (  # noqa: E402
     save_adapter,
 )
 from lora_edu.adapters import PREFIX, adapter_state  # noqa: E402
+from lora_edu.cost import saved_bytes  # noqa: E402
 
 IDS = torch.arange(20).reshape(4, 5) % 11
 
@@ -205,6 +207,29 @@ def test_a_half_precision_base_gets_a_float32_adapter(dtype: torch.dtype) -> Non
     x = torch.randn(3, 6, dtype=dtype)
     assert {p.dtype for p in lora_parameters(a).values()} == {torch.float32} and a(x).dtype == dtype
     torch.testing.assert_close(a(x), b(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_under_autocast_it_is_peft_but_maps_with_one_input_keep_it_once(dropout: float) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(6, 5), nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) * self.k(x)
+
+    def run(model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).sum()
+
+    x, base, options = torch.randn(64, 6).bfloat16(), Two().bfloat16(), {"r": 2, "lora_dropout": dropout}
+    a = add_lora(copy.deepcopy(base), LoRAConfig(["q", "k"], **options))
+    b = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q", "k"], **options))
+    randomise(a, b)
+    torch.testing.assert_close(run(a), run(b), rtol=0.01, atol=0.01)
+    assert saved_bytes(lambda: run(a), a) < saved_bytes(lambda: run(b), b) or dropout
 
 
 # Where peft is silently wrong, ours is right or refuses (the refusals are tested with the injection).

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_MODULES = ("chapter02", "chapter04", "chapter05", "chapter06", "corpus", "model", "runs", "training")
+_MODULES = ("at_scale", "chapter02", "chapter04", "chapter05", "chapter06", "corpus", "model", "runs", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -83,12 +84,12 @@ def import_row() -> Row:
     return "import of the LoRA core", "import torch", statistics.median(found), ""
 
 
-def pair(d: int, r: int, dora: bool = False) -> tuple[nn.Module, nn.Module]:
-    """Our layer and peft's on one shared square base of width d, with the same factors."""
-    base = nn.Linear(d, d)
-    ours = LoRALinear(base, r, 2 * r, use_dora=dora)
+def pair(d: int, r: int, dora: bool = False, **like: Any) -> tuple[nn.Module, nn.Module]:
+    """Our layer and peft's on one shared square base of width d, with the same factors, in the dtype of the base."""
+    base = nn.Linear(d, d, **like)
+    ours = LoRALinear(base, r, 2 * r, use_dora=dora).to(base.weight.dtype)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], use_dora=dora)
-    theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    theirs = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False).base_model.model[0]
     nn.init.normal_(ours.lora_B.weight, std=0.02)
     with torch.no_grad():
         theirs.lora_A["default"].weight.copy_(ours.lora_A.weight)
