@@ -384,5 +384,7 @@ def _value(arg: Any) -> str:
     if hasattr(arg, "named_modules"):
         kinds = (f"{path}: {type(m).__name__}" for path, m in arg.named_modules() if path and not list(m.children()))
         return f"a {type(arg).__name__} ({', '.join(kinds)})"
+    if hasattr(arg, "element_size"):  # a tensor
+        return f"a tensor {tuple(arg.shape)} of {arg.dtype}"
     text = " ".join(repr(arg).split())
     return text if len(text) <= 120 else f"a {type(arg).__name__}"

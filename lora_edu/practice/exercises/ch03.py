@@ -337,10 +337,19 @@ def _use_with_dropout(learner: Any, d_in: int, d_out: int, r: int, alpha: float,
         seen.size = ((mean * expected).sum() / expected.square().sum()).item()
         one_hot = torch.eye(d_in).repeat(100, 1)  # a dropped entry leaves nothing of such a row's update
         seen.share = ((layer(one_hot) - base(one_hot)).abs() < 1e-6).all(1).double().mean().item()
-        half = learner(nn.Linear(d_in, d_out).bfloat16(), r, alpha, dropout).eval()
-        seen.half = half(x.bfloat16()).dtype == torch.bfloat16
+        narrow = nn.Linear(d_in, d_out).bfloat16()
+        half, xh = learner(copy.deepcopy(narrow), r, alpha, dropout).eval(), x.detach().bfloat16()
+        try:
+            seen.half = half(xh).dtype == torch.bfloat16
+            seen.wide = half.A.dtype == half.B.dtype == A.dtype
+            nn.init.normal_(half.A), nn.init.normal_(half.B)
+            exact = narrow(xh).double() + alpha / r * xh.double() @ half.A.double().T @ half.B.double().T
+            # Rounded once: no farther from the exact sum than half a step of bfloat16.
+            seen.once = ((half(xh).double() - exact).abs() > 1.01 * 2**-8 * exact.abs()).double().mean().item() < 0.02
+        except RuntimeError:  # dtypes that do not go together
+            seen.half = seen.wide = seen.once = False
     seen.booleans = [seen.start, seen.clean, seen.learns, seen.passes, seen.repeats, seen.value, seen.active]
-    seen.booleans += [seen.whole, seen.half, seen.axes]
+    seen.booleans += [seen.whole, seen.half, seen.wide, seen.once, seen.axes]
     seen.numbers = [round(math.log2(seen.spread + 1e-9)), abs(seen.size - 1) < 0.05, abs(seen.share - dropout) < 0.04]
     return seen
 
@@ -398,6 +407,16 @@ class _TransposedStart(LoRAWithDropout):
         self.A.data = nn.init.kaiming_uniform_(self.A.data.T.contiguous(), a=5**0.5).T.contiguous()
 
 
+class _HalfFactors(LoRAWithDropout):
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
+        super().__init__(base, r, alpha, dropout)
+        self.to(base.weight.dtype)
+
+
+def _update_in_half(self: Any, x: Tensor) -> Tensor:
+    return self.base(x) + self.s * (self.dropout(x) @ self.A.T.to(x.dtype) @ self.B.T.to(x.dtype))
+
+
 class _KeepingProbability(LoRAWithDropout):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float) -> None:
         super().__init__(base, r, alpha, 1 - dropout)
@@ -450,8 +469,8 @@ C6 = Exercise(
         ),
         Property(
             "INIT_FAN_IN",
-            "A should start random and of the size of 1/sqrt(in), whatever r is: that keeps the bottleneck at the order of x.",
-            lambda seen, *a: 0.4 < seen.spread < 2.8,
+            "A should start uniform in +-1/sqrt(in), whatever r is: kaiming_uniform_(A, a=5**0.5).",
+            lambda seen, *a: 0.6 < seen.spread < 1.5,
         ),
         Property("EVAL_DETERMINISTIC", "In eval mode two calls should agree.", lambda seen, *a: seen.repeats),
         Property("EVAL_VALUE", "In eval mode y should be base(x) + (alpha / r) B A x.", lambda seen, *a: seen.value),
@@ -480,7 +499,21 @@ C6 = Exercise(
             "The share of the entries of x that are dropped is not `dropout`.",
             lambda seen, d_in, d_out, r, alpha, dropout: abs(seen.share - dropout) < 0.04,
         ),
-        Property("DTYPE", "A bfloat16 base should give a bfloat16 output.", lambda seen, *a: seen.half),
+        Property(
+            "DTYPE",
+            "A bfloat16 base with a bfloat16 x should give a bfloat16 output, without an error.",
+            lambda seen, *a: seen.half,
+        ),
+        Property(
+            "WIDE",
+            "Over a bfloat16 base A and B should have torch's default dtype, not the base's.",
+            lambda seen, *a: seen.wide,
+        ),
+        Property(
+            "ROUNDED_ONCE",
+            "Over a bfloat16 base the update and the sum should be computed in A's dtype, and the sum rounded once.",
+            lambda seen, *a: seen.once,
+        ),
     ),
     mistakes=(
         Mistake(
@@ -515,8 +548,18 @@ C6 = Exercise(
             _with_forward(_precision_leaks),
         ),
         Mistake(
+            "HALF_FACTORS",
+            "A and B take the base's bfloat16: small steps of training are rounded away. Leave them in torch's default dtype.",
+            _HalfFactors,
+        ),
+        Mistake(
+            "ROUNDED_ONCE",
+            "Over a bfloat16 base you compute the update in bfloat16. Compute and add in A's dtype, and round the sum.",
+            _with_forward(_update_in_half),
+        ),
+        Mistake(
             "WIDE_START",
-            "A starts with deviation 1: the bottleneck grows with the width. Its size should be 1/sqrt(in).",
+            "A starts with deviation 1: the bottleneck grows with the width. It should be uniform in +-1/sqrt(in).",
             _WideStart,
         ),
         Mistake(
@@ -622,10 +665,12 @@ def _named(seen: Any, targets: list[str]) -> list[str]:
     return sorted(path for path in seen.names if path.rpartition(".")[2] in targets)
 
 
+def _adapted(seen: Any) -> bool:
+    return any(name.endswith("lora_A") for name in seen.names)
+
+
 def _must_refuse(seen: Any, targets: list[str]) -> bool:
-    return any(name.endswith("lora_A") for name in seen.names) or len(targets) != len(
-        {path.rpartition(".")[2] for path in _named(seen, targets)}
-    )
+    return _adapted(seen) or len(targets) != len({path.rpartition(".")[2] for path in _named(seen, targets)})
 
 
 def _unless_refused(holds: Any) -> Any:
@@ -741,8 +786,18 @@ C7 = Exercise(
         ),
         Property(
             "NO_REFUSAL",
-            "A target that no nn.Linear is named by, or a model that has a LoRA already, should raise ValueError.",
-            lambda seen, model, targets, r, alpha: seen.refused == _must_refuse(seen, targets),
+            "A target that names no nn.Linear, also where it names a container, should raise ValueError and nothing else.",
+            lambda seen, model, targets, r, alpha: seen.refused or not _must_refuse(seen, targets) or _adapted(seen),
+        ),
+        Property(
+            "NO_REFUSAL_TWICE",
+            "A model that has a LoRA already should raise ValueError, and nothing else.",
+            lambda seen, model, targets, r, alpha: seen.refused or not _must_refuse(seen, targets),
+        ),
+        Property(
+            "REFUSED",
+            "It refuses targets that all name an nn.Linear of a model without LoRA.",
+            lambda seen, model, targets, r, alpha: not seen.refused or _must_refuse(seen, targets),
         ),
         Property(
             "CHANGED_BEFORE_REFUSING",
