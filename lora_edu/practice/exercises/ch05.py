@@ -641,7 +641,7 @@ PISSA = Exercise(
         ),
     ),
     hints=(
-        "lowrank.balanced_factors(W, r) gives B and A whose product is the best rank-r part of W.",
+        "lora_edu.lowrank.balanced_factors(W, r), of chapter 01, gives B and A whose product is the best rank-r part of W.",
         "The layer adds s B A, so B A has to be 1/s of that part: each factor gets an equal share of 1/s.",
         "W_res is W less that part, which is s B A with the scaled factors.",
     ),
