@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 
@@ -22,7 +23,7 @@ def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor 
 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
-    if torch.is_autocast_enabled(x.device.type):  # the casts that it would make, before a step that it does not know
+    if autocast(x):  # the casts that it would make, before a step that it does not know
         low = torch.get_autocast_dtype(x.device.type)
         x, W, A, B = (t if t.dtype == torch.float64 else t.to(low) for t in (x, W, A, B))
         b = None if b is None else b.to(x.dtype)
@@ -41,8 +42,13 @@ def plain_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: T
 
 
 def cast_to(A: Tensor, x: Tensor) -> Tensor:
-    """x in the dtype of A. Under autocast x itself: that casts both, and maps that share x keep one copy of it."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
+    """x in the dtype of A. Under autocast x itself: that casts both, and a low x that maps share is kept once."""
+    return x if autocast(x) else x.to(A.dtype)
+
+
+def autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def dora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, f: Tensor, b: Tensor | None = None) -> Tensor:
@@ -52,7 +58,7 @@ def dora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, f: Tensor,
 
     Source: Liu et al. 2024 (arXiv 2402.09353), equations 5 and 11.
     """
-    if _may_fuse(x, W, A, B, b) and not torch.is_autocast_enabled(x.device.type):  # which would round f
+    if _may_fuse(x, W, A, B, b) and f.dtype == x.dtype and not autocast(x):
         return _fused(x, W, A, B, s, b, f)
     y = f * plain_lora_linear(x, W, A, B, s)
     return y if b is None else y + b
@@ -80,10 +86,14 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
+        if autocast(g):  # a backward pass inside its block: the dtypes are those of the forward pass
+            with torch.autocast(g.device.type, enabled=False):
+                return _Fused.backward(ctx, g)
         x, W, A, B, f, *saved = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        z, u = cast(Any, ctx.kept or saved or (None, None))
-        own, ctx.kept = ctx.kept is not None and not torch.is_grad_enabled(), None
+        kept, ctx.kept = ctx.kept, None
+        z, u = cast(Any, kept or saved or (None, None))
+        own = kept is not None and not torch.is_grad_enabled() and not _batched(g)
         # Computed again for second derivatives, which stored ones would get wrong, and for a second backward pass.
         if z is None or torch.is_grad_enabled():
             z = torch.mm(x, A.t())
@@ -94,7 +104,7 @@ class _Fused(torch.autograd.Function):
             g = torch.mul(g, f, out=u) if own else g * f
         if needs_B:
             dB = _thin(g.t(), z).mul_(ctx.s)
-        z = u = saved = None  # freed before dz and dx are made: the peak is lower
+        z = u = saved = kept = None  # freed before dz and dx are made: the peak is lower
         dz = _thin(g, B).mul_(ctx.s)  # (T, r): the gradient at the bottleneck
         dA = torch.mm(dz.t(), x) if needs_A else None
         dx = torch.mm(g, W).addmm_(dz, A) if needs_x else None
@@ -113,8 +123,22 @@ def _thin(a: Tensor, b: Tensor) -> Tensor:
 def _may_fuse(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None) -> bool:
     frozen = not (W.requires_grad or (b is not None and b.requires_grad))
     one_dtype = x.dtype == W.dtype == A.dtype == B.dtype and x.is_floating_point()
-    transformed = torch._C._functorch.maybe_current_level() is not None  # vmap, functional grad
-    return frozen and one_dtype and not transformed
+    keeps_x = A.requires_grad or not torch.is_grad_enabled()  # where A is frozen too, the plain formula keeps only z
+    return frozen and one_dtype and keeps_x and not _transformed() and not x.is_nested
+
+
+def _batched(g: Tensor) -> bool:
+    """Whether g stands for many gradients at once."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g))
+
+
+def _transformed() -> bool:
+    """Whether something works on single operations: vmap and the like, forward mode, what counts or caches products."""
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def delta(A: Tensor, B: Tensor, s: float) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_edu.config import finite_alpha, probability, whole_rank
-from lora_edu.functional import accumulate, cast_to, delta, dora_linear, dora_norm, lora_linear
+from lora_edu.functional import accumulate, autocast, cast_to, delta, dora_linear, dora_norm, lora_linear
 
 
 class LoRALayer(nn.Module):
@@ -178,7 +179,7 @@ class LoRALinear(LoRALayer):
             return self._dora(x, self.lora_magnitude_vector)
         W, A, B, s, b = self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, self.base_layer.bias
         dropped = self.lora_dropout(x)
-        if dropped is x and not _has_hooks(self.base_layer):
+        if dropped is x and not self._watched():
             return lora_linear(x, W, A, B, s, b)
         y = self.base_layer(x)
         return (y + s * self.lora_B(self.lora_A(cast_to(A, dropped)))).to(y.dtype)
@@ -187,12 +188,23 @@ class LoRALinear(LoRALayer):
         W, A, B, s, b = self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling, self.base_layer.bias
         factor = m / self._norm()
         dropped = self.lora_dropout(x)
-        if dropped is x and x.dtype == A.dtype and not _has_hooks(self.base_layer):
+        if dropped is x and x.dtype == A.dtype and not autocast(x) and not self._watched():
             return dora_linear(x, W, A, B, s, factor, b)
         # In the dtype of A, rounded once: in bfloat16 the factor itself would be rounded to 1.
         y, through = self.base_layer(x), F.linear(dropped, W).to(A.dtype)
         update = s * self.lora_B(self.lora_A(cast_to(A, dropped)))
         return (y + (factor - 1) * through + factor * update).to(y.dtype)
+
+    def _watched(self) -> bool:
+        """Whether calling a part does more than its formula; the fused products never call it."""
+        return bool(_has_any_global_hook()) or any(  # type: ignore[no-untyped-call]
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            or "forward" in part.__dict__
+            for part in (self.base_layer, self.lora_A, self.lora_B)
+        )
 
     def _norm(self) -> Tensor:
         A = self.lora_A.weight
@@ -206,11 +218,6 @@ class LoRALinear(LoRALayer):
             return update
         W = self.weight.to(update.dtype)
         return (self.lora_magnitude_vector / self._norm())[:, None] * (W + update) - W
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    """Whether calling `layer` does more than its formula; the fused products never call it."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 class LoRAEmbedding(LoRALayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
+from lora_edu.cost import saved_bytes  # noqa: E402
 from lora_edu.functional import _Fused, delta, dora_linear, dora_norm, lora_linear, plain_lora_linear  # noqa: E402
 
 
@@ -90,7 +92,7 @@ def test_each_gradient_alone(leaf: int, fused_calls: list[int]) -> None:
     same_everywhere(args)
     same_everywhere(with_factor(args), dora_linear)
     same_everywhere([a.detach() if i == 5 else a for i, a in enumerate(with_factor(args))], dora_linear)
-    assert fused_calls
+    assert bool(fused_calls) == (leaf == 2)  # where A is frozen the plain formula need not keep x
 
 
 @pytest.mark.parametrize("function", PLAIN)
@@ -159,6 +161,55 @@ def test_under_autocast_it_is_fused_in_the_low_precision_with_gradients_in_the_h
         (x, A, B), torch.autograd.grad(y, (x, A, B), g), torch.autograd.grad(wanted, (x, A, B), g), strict=True
     ):
         assert a.dtype == leaf.dtype and (a - c).norm() < 0.02 * c.norm()
+
+
+def test_where_a_is_frozen_x_is_not_kept() -> None:
+    x, W, A, B, s, b = factors((64, 16), 24, 4)
+    layer = torch.nn.Module()  # owns what is frozen
+    layer.W, layer.A, layer.b = (torch.nn.Parameter(t.detach(), requires_grad=False) for t in (W, A, b))
+    kept = saved_bytes(lambda: lora_linear(x.detach(), layer.W, layer.A, B, s, layer.b).sum(), layer)
+    assert kept == 64 * 4 * 8  # z alone
+
+
+@pytest.mark.parametrize("function", PLAIN)
+def test_other_ways_to_differentiate(function: Any) -> None:
+    args = factors((7, 5), 4, 2) if function is lora_linear else with_factor(factors((7, 5), 4, 2))
+    f, g, x = (lambda x: function(x, *args[1:])), (lambda x: PLAIN[function](x, *args[1:])), args[0].detach()
+    wanted = torch.autograd.functional.jacobian(g, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), wanted)
+    forward = torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(forward, wanted)
+    torch.testing.assert_close(torch.func.jacrev(f)(x), wanted)
+
+
+@pytest.mark.parametrize("function", PLAIN)
+def test_a_backward_pass_inside_autocast_has_the_dtypes_of_the_forward_pass(
+    function: Any, fused_calls: list[int]
+) -> None:
+    args = factors((7, 5), 4, 2, dtype=torch.float32)
+    args = args if function is lora_linear else with_factor(args)
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    y, g = function(*args), torch.randn(7, 4)
+    wanted = torch.autograd.grad(PLAIN[function](*args), leaves, g)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, leaves, g)
+    assert fused_calls
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_selective_checkpoint_may_keep_products() -> None:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    args = factors((7, 5), 4, 2)
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    y = checkpoint(lambda x: lora_linear(x, *args[1:]).tanh(), args[0], use_reentrant=False, context_fn=contexts)
+    wanted = torch.autograd.grad(plain_lora_linear(*args).tanh().sum(), leaves)
+    for a, b in zip(torch.autograd.grad(y.sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_it_falls_back_where_it_must(fused_calls: list[int]) -> None:

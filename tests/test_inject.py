@@ -332,12 +332,19 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
 
 
 def test_a_hook_on_the_base_layer_is_called_with_dropout_and_without() -> None:
+    seen: list[float] = []
     for dropout in (0.0, 0.5):
         model = base().eval()
         plain = model.q_proj(torch.ones(1, 8))
         model.q_proj.register_forward_hook(lambda module, args, output: output + 1)
         add_lora(model, LoRAConfig(["q_proj"], lora_dropout=dropout))
         torch.testing.assert_close(model.q_proj(torch.ones(1, 8)), plain + 1)
+        base_forward = model.q_proj.base_layer.forward
+        model.q_proj.base_layer.forward = lambda x, call=base_forward: call(x) + 2  # as libraries that move weights do
+        torch.testing.assert_close(model.q_proj(torch.ones(1, 8)), plain + 3)
+        model.q_proj.lora_A.register_forward_hook(lambda *_, p=dropout: seen.append(p))
+        model.q_proj(torch.ones(1, 8))
+    assert seen == [0.0, 0.5]
 
 
 def test_a_pass_from_before_a_disabled_block_can_be_differentiated_after_it() -> None:

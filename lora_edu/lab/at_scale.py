@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "full": ("full, bf16", 0, ""),
     "LoRA": ("LoRA, bf16 base", 16, "all-linear"),
     "LoRA, peft": ("LoRA, bf16 base", 16, "all-linear"),
+    "LoRA, peft, no cast": ("LoRA, bf16 base", 16, "all-linear"),  # without its copies of the inputs in fp32
     "LoRA in bf16": ("LoRA, bf16", 16, "all-linear"),
     "LoRA in bf16, r 64": ("LoRA, bf16", 64, "all-linear"),
     "LoRA in bf16, q, v": ("LoRA, bf16", 16, "q,v"),
@@ -50,7 +51,7 @@ def llama(shape: cost.Shape) -> Any:
     """The configuration, in transformers, of a model of this shape without biases."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(
+    config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -60,6 +61,8 @@ def llama(shape: cost.Shape) -> Any:
         head_dim=shape.head_dim or shape.hidden // shape.heads,
         tie_word_embeddings=shape.tied,
     )
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def prepare(case: str, shape: cost.Shape = SHAPE) -> nn.Module:
@@ -75,17 +78,21 @@ def prepare(case: str, shape: cost.Shape = SHAPE) -> nn.Module:
         torch.set_default_dtype(torch.float32)
     if not r:
         return model.requires_grad_(case == "full")
-    if case.endswith("peft"):
+    if "peft" in case:
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets))
+        adapted: nn.Module = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets))
+        for layer in adapted.modules():
+            if case.endswith("no cast") and hasattr(layer, "cast_input_dtype_enabled"):
+                setattr(layer, "cast_input_dtype_enabled", False)  # noqa: B010
+        return adapted
     names = "all-linear" if targets == "all-linear" else cost.GROUPS[targets]
     add_lora(model, LoRAConfig(names, r=r, lora_alpha=2 * r))
     return model.bfloat16() if recipe == "LoRA, bf16" else model
 
 
 def milliseconds(step: Callable[[], object], steps: int = STEPS) -> float:
-    """The median time of a step on the GPU, after two that warm up."""
+    """The median time of a step, from event to event on the GPU, after two that warm up."""
     times = []
     for _ in range(steps + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")  # type: ignore[no-untyped-call]
@@ -138,18 +145,32 @@ def measure(case: str, shape: cost.Shape = SHAPE, texts: int = TEXTS, tokens: in
 
 
 def main() -> None:
+    """Measure what is missing of the stored rows; each is stored as soon as it is there."""
     if not torch.cuda.is_available():
         sys.exit("this measures a GPU, and there is none; the stored rows are read with load().")
-    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__.partition("+")[0]}
-    lines = []
+    import peft
+    import transformers
+
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    rows = load() if STORED.is_file() else []
+    if any({key: row[key] for key in machine} != machine for row in rows):
+        sys.exit(f"{STORED} was measured elsewhere or with other versions; move it away to measure all of it here.")
     for repeat in range(REPEATS):
         for case in CASES:
+            if any((row["repeat"], row["case"]) == (repeat, case) for row in rows):
+                continue
             torch.manual_seed(repeat)
-            lines.append(json.dumps({**measure(case), "repeat": repeat, **device}))
-            print(lines[-1], flush=True)
+            rows.append({**measure(case), "repeat": repeat, **machine})
+            print(rows[-1], flush=True)
+            rows.sort(key=lambda row: (row["repeat"], list(CASES).index(row["case"])))
+            STORED.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             gc.collect()  # two of these models do not fit
             torch.cuda.empty_cache()
-    STORED.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
