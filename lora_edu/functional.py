@@ -18,8 +18,8 @@ def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, b: Tensor 
     """y = x W^T + b + s (x A^T) B^T, of shape (..., out).
 
     The (out, in) matrix B A is never formed. Where it may, it runs as one fused step that adds the update in place, so
-    that the peak of memory is near the frozen layer's; otherwise, and with the same result, as `plain_lora_linear`.
-    Either way x and z are kept for the backward pass.
+    that the peak of memory is near the frozen layer's; otherwise, and the same up to rounding, `plain_lora_linear`.
+    Either way x and z are kept for the backward pass; where A is frozen, z alone.
 
     Source: Hu et al. 2021, equation 3, with the scale of section 4.1.
     """
