@@ -191,7 +191,9 @@ class LoRALinear(LoRALayer):
         if dropped is x and x.dtype == A.dtype and not autocast(x) and not self._watched():
             return dora_linear(x, W, A, B, s, factor, b)
         # In the dtype of A, rounded once: in bfloat16 the factor itself would be rounded to 1.
-        y, through = self.base_layer(x), F.linear(dropped, W).to(A.dtype)
+        y = self.base_layer(x)
+        again = dropped is not x or y.dtype != A.dtype  # otherwise W x is y without the bias: no second product
+        through = F.linear(dropped, W).to(A.dtype) if again else y if b is None else y - b
         update = s * self.lora_B(self.lora_A(cast_to(A, dropped)))
         return (y + (factor - 1) * through + factor * update).to(y.dtype)
 

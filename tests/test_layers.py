@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from lora_edu import LoRALinear, lora_linear  # noqa: E402
+from lora_edu.cost import measured_flops  # noqa: E402
 from lora_edu.functional import accumulate  # noqa: E402
 
 
@@ -152,3 +153,13 @@ def test_it_is_pefts_layer(seed: int, bias: bool) -> None:
             optimizer.step()
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours[0].delta(), twin.get_delta_weight("default"), rtol=0, atol=1e-12)
+
+
+def test_dora_under_hooks_multiplies_by_w_once() -> None:
+    layer, x, (out, d, r) = (
+        LoRALinear(nn.Linear(12, 7), r=3, lora_alpha=3, use_dora=True),
+        torch.randn(5, 12),
+        (7, 12, 3),
+    )
+    norm = 2 * (out * d * r + r * d * r + out * r * r)
+    assert measured_flops(lambda: layer(x)) == 2 * 5 * (out * d + r * (out + d)) + norm
