@@ -331,20 +331,31 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
     assert same(model, before)
 
 
-def test_a_hook_on_the_base_layer_is_called_with_dropout_and_without() -> None:
-    seen: list[float] = []
-    for dropout in (0.0, 0.5):
-        model = base().eval()
-        plain = model.q_proj(torch.ones(1, 8))
-        model.q_proj.register_forward_hook(lambda module, args, output: output + 1)
-        add_lora(model, LoRAConfig(["q_proj"], lora_dropout=dropout))
-        torch.testing.assert_close(model.q_proj(torch.ones(1, 8)), plain + 1)
-        base_forward = model.q_proj.base_layer.forward
-        model.q_proj.base_layer.forward = lambda x, call=base_forward: call(x) + 2  # as libraries that move weights do
-        torch.testing.assert_close(model.q_proj(torch.ones(1, 8)), plain + 3)
-        model.q_proj.lora_A.register_forward_hook(lambda *_, p=dropout: seen.append(p))
-        model.q_proj(torch.ones(1, 8))
-    assert seen == [0.0, 0.5]
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("how", ["hook", "forward", "hook on lora_A", "global hook"])
+def test_what_watches_or_replaces_a_part_is_called(how: str, dropout: float, dora: bool) -> None:
+    seen: list[Any] = []
+
+    def watch(*args: Any) -> None:
+        seen.append(args[0] if args else None)
+
+    model = add_lora(base().eval(), LoRAConfig(["q_proj"], lora_dropout=dropout, use_dora=dora))
+    layer, handle = model.q_proj, None
+    if how == "hook":
+        layer.base_layer.register_forward_hook(watch)
+    elif how == "forward":  # as libraries do that move weights
+        layer.base_layer.forward = lambda x, call=layer.base_layer.forward: watch() or call(x)
+    elif how == "hook on lora_A":
+        layer.lora_A.register_forward_hook(watch)
+    else:
+        handle = torch.nn.modules.module.register_module_forward_hook(watch)
+    try:
+        layer(torch.ones(1, 8))
+    finally:
+        if handle:
+            handle.remove()
+    assert layer.base_layer in seen if how == "global hook" else seen
 
 
 def test_a_pass_from_before_a_disabled_block_can_be_differentiated_after_it() -> None:
