@@ -51,6 +51,13 @@ def plain_dora_linear(x: Any, W: Any, A: Any, B: Any, s: float, f: Any, b: Any) 
 PLAIN = {lora_linear: plain_lora_linear, dora_linear: plain_dora_linear}
 
 
+def for_(function: Any, *args: Any, **options: Any) -> tuple[list[Any], list[Any]]:
+    """The arguments of `function`, and those of them that require a gradient."""
+    found = factors(*args, **options)
+    found = with_factor(found) if function is dora_linear else found
+    return found, [a for a in found if torch.is_tensor(a) and a.requires_grad]
+
+
 def same_everywhere(args: list[Any], fused: Any = lora_linear) -> None:
     """Fused and plain agree in value and in the gradients of whatever requires one."""
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
@@ -97,8 +104,7 @@ def test_each_gradient_alone(leaf: int, fused_calls: list[int]) -> None:
 
 @pytest.mark.parametrize("function", PLAIN)
 def test_a_second_backward_pass_through_a_kept_graph_is_the_first(function: Any, fused_calls: list[int]) -> None:
-    args = factors((20, 5), 4, 2) if function is lora_linear else with_factor(factors((20, 5), 4, 2))
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, leaves = for_(function, (20, 5), 4, 2)
     y = function(*args)
     g = torch.randn_like(y)
     first, second = (torch.autograd.grad(y, leaves, g, retain_graph=True) for _ in range(2))
@@ -118,8 +124,7 @@ def test_nothing_of_the_size_of_the_output_is_kept_for_the_backward_pass(fused_c
 
 @pytest.mark.parametrize("function", PLAIN)
 def test_hooks_on_saved_tensors_see_all_that_is_kept(function: Any, fused_calls: list[int]) -> None:
-    args = factors((64, 16), 24, 4) if function is lora_linear else with_factor(factors((64, 16), 24, 4))
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, leaves = for_(function, (64, 16), 24, 4)
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = function(*args)
@@ -135,8 +140,7 @@ def test_hooks_on_saved_tensors_see_all_that_is_kept(function: Any, fused_calls:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_it_is_fused_in_a_checkpoint_and_keeps_nothing_there(reentrant: bool, fused_calls: list[int]) -> None:
-    args = factors((64, 16), 24, 4)
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, leaves = for_(lora_linear, (64, 16), 24, 4)
     y = checkpoint(lambda x: lora_linear(x, *args[1:]).tanh(), args[0], use_reentrant=reentrant)
     wanted = torch.autograd.grad(plain_lora_linear(*args).tanh().sum(), leaves)
     y.sum().backward()
@@ -173,7 +177,7 @@ def test_where_a_is_frozen_x_is_not_kept() -> None:
 
 @pytest.mark.parametrize("function", PLAIN)
 def test_other_ways_to_differentiate(function: Any) -> None:
-    args = factors((7, 5), 4, 2) if function is lora_linear else with_factor(factors((7, 5), 4, 2))
+    args, _ = for_(function, (7, 5), 4, 2)
     f, g, x = (lambda x: function(x, *args[1:])), (lambda x: PLAIN[function](x, *args[1:])), args[0].detach()
     wanted = torch.autograd.functional.jacobian(g, x)
     torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), wanted)
@@ -186,9 +190,7 @@ def test_other_ways_to_differentiate(function: Any) -> None:
 def test_a_backward_pass_inside_autocast_has_the_dtypes_of_the_forward_pass(
     function: Any, fused_calls: list[int]
 ) -> None:
-    args = factors((7, 5), 4, 2, dtype=torch.float32)
-    args = args if function is lora_linear else with_factor(args)
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, leaves = for_(function, (7, 5), 4, 2, dtype=torch.float32)
     y, g = function(*args), torch.randn(7, 4)
     wanted = torch.autograd.grad(PLAIN[function](*args), leaves, g)
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,8 +205,7 @@ def test_a_selective_checkpoint_may_keep_products() -> None:
         products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
 
-    args = factors((7, 5), 4, 2)
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    args, leaves = for_(lora_linear, (7, 5), 4, 2)
     contexts = partial(create_selective_checkpoint_contexts, policy)
     y = checkpoint(lambda x: lora_linear(x, *args[1:]).tanh(), args[0], use_reentrant=False, context_fn=contexts)
     wanted = torch.autograd.grad(plain_lora_linear(*args).tanh().sum(), leaves)

@@ -22,7 +22,7 @@ from lora_edu import (  # noqa: E402
     unmerge_lora,
 )
 from lora_edu.lab import at_scale  # noqa: E402
-from tests.test_functional import PLAIN, factors, with_factor  # noqa: E402
+from tests.test_functional import PLAIN, for_  # noqa: E402
 from tests.test_peft import GRID, IDS, base, ours, randomise, theirs, trainable  # noqa: E402
 
 HERE = IDS.cuda()
@@ -43,8 +43,7 @@ def test_outputs_and_gradients_are_pefts(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fused", PLAIN)
 @pytest.mark.parametrize("r", [4, 32])
 def test_the_fused_step_is_the_plain_one(fused: Any, dtype: torch.dtype, r: int) -> None:
-    args = factors((3, 40, 64), 48, r)
-    args = with_factor(args) if len(args) < 7 and fused.__name__ == "dora_linear" else args
+    args, _ = for_(fused, (3, 40, 64), 48, r)
     moved = [a.detach().to("cuda", dtype).requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in args]
     exact = [a.detach().double().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in moved]
     y, reference = fused(*moved), PLAIN[fused](*exact)

@@ -1,6 +1,6 @@
 """Chapter 04: what a training step costs at 7 billion parameters, measured on one GPU and stored.
 
-    python -m lora_edu.lab.at_scale     measure again, on a GPU of about 110 GB, with transformers and peft installed
+    python -m lora_edu.lab.at_scale     measure what is missing, on a GPU of about 110 GB, with transformers and peft
 
 The model has the shape of Llama-2-7B and random weights: it costs what the trained one costs. A step is forward,
 backward and Adam, on texts of random tokens, attention by a fused kernel, all products in bfloat16.
@@ -86,22 +86,18 @@ def prepare(case: str, shape: cost.Shape = SHAPE) -> nn.Module:
             if case.endswith("no cast") and hasattr(layer, "cast_input_dtype_enabled"):
                 setattr(layer, "cast_input_dtype_enabled", False)  # noqa: B010
         return adapted
-    names = "all-linear" if targets == "all-linear" else cost.GROUPS[targets]
-    add_lora(model, LoRAConfig(names, r=r, lora_alpha=2 * r))
+    add_lora(model, LoRAConfig(cost.GROUPS[targets], r=r, lora_alpha=2 * r))
     return model.bfloat16() if recipe == "LoRA, bf16" else model
 
 
-def milliseconds(step: Callable[[], object], steps: int = STEPS) -> float:
-    """The median time of a step, from event to event on the GPU, after two that warm up."""
-    times = []
-    for _ in range(steps + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")  # type: ignore[no-untyped-call]
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times[2:])
+def milliseconds(step: Callable[[], object]) -> float:
+    """The time of one step, from event to event on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")  # type: ignore[no-untyped-call]
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def measure(case: str, shape: cost.Shape = SHAPE, texts: int = TEXTS, tokens: int = TOKENS) -> dict[str, Any]:
@@ -139,7 +135,9 @@ def measure(case: str, shape: cost.Shape = SHAPE, texts: int = TEXTS, tokens: in
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
             step()
         torch.cuda.reset_peak_memory_stats()
-        row["ms" + suffix] = round(milliseconds(step), 1)
+        row["ms" + suffix] = round(
+            median([milliseconds(step) for _ in range(2 + STEPS)][2:]), 1
+        )  # the first two warm up
         row["highest" + suffix] = torch.cuda.max_memory_allocated()
     return row
 

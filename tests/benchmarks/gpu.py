@@ -14,22 +14,18 @@ import peft
 import torch
 from torch import nn
 
+from lora_edu.lab.at_scale import milliseconds
 from tests.benchmarks.__main__ import pair, step
 
 RESULTS = Path(__file__).with_name("results_gpu.md")
 
 
-def milliseconds(sides: dict[str, Callable[[], object]], rounds: int = 21) -> dict[str, list[float]]:
+def rounds_of(sides: dict[str, Callable[[], object]], rounds: int = 21) -> dict[str, list[float]]:
     """The time of every side in every round; a round runs each side once, in alternating order."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 3):
         for name in list(sides) if turn % 2 else reversed(sides):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            sides[name]()
-            end.record()
-            torch.cuda.synchronize()
-            found[name].append(start.elapsed_time(end))
+            found[name].append(milliseconds(sides[name]))
     return {name: times[3:] for name, times in found.items()}  # the first rounds warm up
 
 
@@ -57,7 +53,7 @@ def layer_rows() -> Iterator[str]:
                 frozen = step(nn.Linear(d, d, **like).requires_grad_(False), x, g)
                 for dora in (False, True):
                     ours, theirs = (step(layer, x, g) for layer in pair(d, r, dora, **like))
-                    spent = milliseconds({"ours": ours, "peft": theirs})
+                    spent = rounds_of({"ours": ours, "peft": theirs})
                     name, what = "DoRA" if dora else "LoRA", f"d {d}, {tokens} tokens, r {r}, {str(dtype)[6:]}"
                     yield f"{name} step, {what} | peft | {ratio(spent['ours'], spent['peft']):.2f} | "
                     x.grad = None
